@@ -1,0 +1,41 @@
+"""``dsv3``: the verbs, gathered from one module a group, and the one place where errors become exit codes.
+
+Exit codes: 0 success, 1 failure, 2 bad input (one clear line, never a traceback).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from dsv3.cli import data, tokenizer
+from dsv3.common.errors import UserError
+
+app = typer.Typer(
+    name="dsv3",
+    help="A DeepSeek-V3 model through its whole life.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(data.app, name="data")
+
+
+def main() -> None:
+    """Run the command line; the console script's entry point."""
+    try:
+        app()
+    except UserError as error:
+        print(f"dsv3: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("dsv3: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Below every floor: the user's-mistake exception, atomic files, progress."""

@@ -1,0 +1,19 @@
+"""The one exception that stands for a user's mistake."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: one line naming the field, the value and the way out.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean X?)`` for the known word closest to ``word``, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]}?)" if close else ""

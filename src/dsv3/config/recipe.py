@@ -1,0 +1,158 @@
+"""Typed recipes: YAML read into a pydantic model, with dotted overrides from the command line.
+
+A recipe is a pydantic model whose fields carry a ``description`` (meaning and unit). Unknown keys are
+refused with the nearest known one; every refusal is a :class:`UserError` naming the full dotted key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticUndefined
+
+from dsv3.common.errors import UserError, nearest
+
+
+class Recipe(BaseModel):
+    """Base of every typed section: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a float: ``1e-3`` is a number (PyYAML's own rule wants ``1.0e-3``)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """Read one command-line value as YAML: numbers, booleans, null, [lists] and {maps}; else a string."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """Turn ``["--optimizer.lr", "1e-3", "--model.preset=tiny", "--compile"]`` into dotted keys and values.
+
+    A key without a value is ``true``. Raises :class:`UserError` for anything that is not ``--key [value]``.
+    """
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) < 3:
+            raise UserError(f"unexpected argument {word!r}: overrides look like --section.key VALUE")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        found[key.replace("-", "_")] = parse_value(value)
+    return found
+
+
+def _section(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The recipe class behind a field, if the field is a section (``X`` or ``X | None``)."""
+    annotation = cls.model_fields[field].annotation
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def keys(cls: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, str, Any]]:
+    """Every dotted key of a recipe class: ``{key: (type, description, default)}``; no default is ``...``."""
+    found: dict[str, tuple[str, str, Any]] = {}
+    for name, info in cls.model_fields.items():
+        section = _section(cls, name)
+        if section is not None:
+            found.update(keys(section, f"{prefix}{name}."))
+            continue
+        default = info.get_default(call_default_factory=True) if not info.is_required() else ...
+        if default is PydanticUndefined:
+            default = ...
+        kind = getattr(info.annotation, "__name__", None) or str(info.annotation)
+        if get_args(info.annotation):
+            kind = str(info.annotation).replace("typing.", "")
+        found[prefix + name] = (kind, info.description or "", default)
+    return found
+
+
+def _merge(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for depth, name in enumerate(sections):
+        below = tree.setdefault(name, {})
+        if below is None:
+            below = tree[name] = {}
+        if not isinstance(below, dict):
+            raise UserError(f"--{dotted}: {'.'.join(sections[: depth + 1])} is a value, not a section")
+        tree = below
+    tree[last] = value
+
+
+def _refuse_unknown(cls: type[BaseModel], tree: Any, prefix: str = "") -> None:
+    if not isinstance(tree, dict):
+        return
+    for key, value in tree.items():
+        if key not in cls.model_fields:
+            whole = list(keys(cls, prefix)) + [prefix + name for name in cls.model_fields]
+            hint = nearest(f"{prefix}{key}", whole) or f"; known here: {', '.join(cls.model_fields)}"
+            raise UserError(f"unknown key {prefix}{key}{hint}")
+        section = _section(cls, key)
+        if section is not None:
+            _refuse_unknown(section, value, f"{prefix}{key}.")
+
+
+def validate(cls: type[R], tree: dict[str, Any]) -> R:
+    """Build a recipe from plain data; raises :class:`UserError` naming the first bad key and its value."""
+    _refuse_unknown(cls, tree)
+    try:
+        return cls.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or cls.__name__
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise UserError(f"{where} is required: set it in the recipe or with --{where} VALUE") from None
+        if first["type"] == "value_error" and isinstance(first.get("input"), dict):
+            raise UserError(message) from None  # a validator over a whole section names its own fields
+        raise UserError(f"{where} ({first.get('input')!r}): {message}") from None
+
+
+def load(cls: type[R], path: str | Path, overrides: list[str] | None = None) -> R:
+    """Read a YAML recipe, apply dotted overrides, validate. Raises :class:`UserError` on any mistake."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist; the ones that ship are in recipes/")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = f"{path}:{line + 1}" if line is not None else str(path)
+        raise UserError(f"{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of keys, not a {type(tree).__name__}")
+    for key, value in parse_overrides(overrides or []).items():
+        _merge(tree, key, value)
+    return validate(cls, tree)
+
+
+def dump(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML, every key written out."""
+    plain = json.loads(recipe.model_dump_json())
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
