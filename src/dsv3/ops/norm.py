@@ -1,0 +1,47 @@
+"""RMSNorm, statistics in FP32 (floor 1). Shapes: D the normalised width, ... any leading dimensions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """The specification: ``x / rms(x) * weight``, normalised in FP32, result in x's dtype."""
+    x32 = x.float()
+    normalised = x32 * torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + eps)
+    return weight_D.to(x.dtype) * normalised.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Two passes forward, four backward, and only the input kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_D, inverse)
+        return (x * inverse).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        x, weight_D, inverse = ctx.saved_tensors
+        normalised = (x * inverse).flatten(0, -2)
+        grad = grad.reshape(normalised.shape)
+        grad_weight = torch.einsum("nd,nd->d", grad, normalised)
+        grad_x = grad * weight_D
+        along = torch.linalg.vecdot(grad_x, normalised)[:, None].div_(x.shape[-1])
+        grad_x.addcmul_(normalised, along, value=-1).mul_(inverse.flatten(0, -2))
+        return grad_x.view_as(x), grad_weight, None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight``, same shape and dtype as ``x``; statistics in FP32."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _RMSNorm.apply(x, weight_D, eps)
+    if x.device.type == "cuda":
+        return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
+    return rms_norm_reference(x, weight_D, eps)
