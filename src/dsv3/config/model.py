@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,10 @@ class RopeScaling(Recipe):
 
 class ModelConfig(Recipe):
     """Shape and rules of a DeepSeek-V3 model. Field names and meanings are those of ``config.json``."""
+
+    shorthand: ClassVar[dict[str, str]] = {
+        "preset": "tiny, small, 16b or v3-671b; the other keys change its fields"
+    }
 
     vocab_size: int = Field(129280, gt=0, description="tokens in embedding and head")
     hidden_size: int = Field(7168, gt=0, description="width of the residual stream")
@@ -117,11 +121,20 @@ class ModelConfig(Recipe):
         return layer >= self.first_k_dense_replace
 
     @classmethod
+    def expand(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """``{"preset": "tiny", "hidden_size": 128}``: the preset's fields, then those given."""
+        if "preset" not in tree:
+            return tree
+        name = tree["preset"]
+        if name not in PRESETS:
+            hint = nearest(str(name), PRESETS)
+            raise UserError(f"model preset {name!r} is unknown{hint}; there are {', '.join(PRESETS)}")
+        return {**PRESETS[name], **{key: value for key, value in tree.items() if key != "preset"}}
+
+    @classmethod
     def preset(cls, name: Preset | str, **changes: Any) -> ModelConfig:
         """One of tiny, small, 16b, v3-671b, with fields changed by keyword."""
-        if name not in PRESETS:
-            raise UserError(f"model preset {name!r} is unknown{nearest(name, PRESETS)}: {', '.join(PRESETS)}")
-        return validate(cls, {**PRESETS[name], **changes})
+        return validate(cls, {"preset": name, **changes})
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> ModelConfig:
@@ -227,7 +240,7 @@ def _read_rope(tree: dict[str, Any]) -> dict[str, Any]:
     if "factor" not in known:
         raise UserError("rope_scaling.factor is required for yarn; the released model has 40")
     known.setdefault("original_max_position_embeddings", tree.get("max_position_embeddings", 4096))
-    if (scaling or {}).get("attention_factor") is not None:
+    if scaling.get("attention_factor") is not None:
         raise UserError("rope_scaling.attention_factor is not implemented; use mscale and mscale_all_dim")
     for key in ("mscale", "mscale_all_dim"):  # absent means zero, as transformers reads it
         known.setdefault(key, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,6 +22,14 @@ class Recipe(BaseModel):
     """Base of every typed section: frozen, unknown keys forbidden."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    # Keys that stand for others (``preset``), with their description; :meth:`expand` replaces them.
+    shorthand: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def expand(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """Replace shorthand keys by the keys they stand for; called before unknown keys are refused."""
+        return tree
 
 
 R = TypeVar("R", bound=Recipe)
@@ -76,6 +84,8 @@ def _section(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
 def keys(cls: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, str, Any]]:
     """Every dotted key of a recipe class: ``{key: (type, description, default)}``; no default is ``...``."""
     found: dict[str, tuple[str, str, Any]] = {}
+    if issubclass(cls, Recipe):
+        found.update({prefix + name: ("str", text, None) for name, text in cls.shorthand.items()})
     for name, info in cls.model_fields.items():
         section = _section(cls, name)
         if section is not None:
@@ -116,8 +126,18 @@ def _refuse_unknown(cls: type[BaseModel], tree: Any, prefix: str = "") -> None:
             _refuse_unknown(section, value, f"{prefix}{key}.")
 
 
+def _expand(cls: type[BaseModel], tree: Any) -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    if issubclass(cls, Recipe):
+        tree = cls.expand(tree)
+    sections = {key: _section(cls, key) for key in tree if key in cls.model_fields}
+    return {key: _expand(sections[key], value) if sections.get(key) else value for key, value in tree.items()}
+
+
 def validate(cls: type[R], tree: dict[str, Any]) -> R:
     """Build a recipe from plain data; raises :class:`UserError` naming the first bad key and its value."""
+    tree = _expand(cls, tree)
     _refuse_unknown(cls, tree)
     try:
         return cls.model_validate(tree)

@@ -5,7 +5,9 @@ Shapes: B batch, T time, D hidden, V vocabulary, F = number of MTP modules.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -81,16 +83,17 @@ class DeepSeekV3(nn.Module):
     @property
     def main_layers(self) -> list[DecoderLayer]:
         """The decoder layers of the main model."""
-        return list(self.model.layers)[: self.config.num_hidden_layers]  # type: ignore[arg-type]
+        return cast(list[DecoderLayer], list(self.model.layers)[: self.config.num_hidden_layers])
 
     @property
     def mtp_modules(self) -> list[MTPModule]:
         """The MTP modules, by depth."""
-        return list(self.model.layers)[self.config.num_hidden_layers :]  # type: ignore[arg-type]
+        return cast(list[MTPModule], list(self.model.layers)[self.config.num_hidden_layers :])
 
     def moe_layers(self) -> dict[int, MoE]:
         """Layers with experts by id, MTP modules included."""
-        return {i: layer.mlp for i, layer in enumerate(self.model.layers) if isinstance(layer.mlp, MoE)}  # type: ignore[misc]
+        layers = enumerate(cast(Iterable[DecoderLayer], self.model.layers))
+        return {i: layer.mlp for i, layer in layers if isinstance(layer.mlp, MoE)}
 
     def context(self, positions: Tensor, documents_BT: Tensor | None = None) -> Context:
         """Rotations (and, with documents, the mask) shared by all layers."""

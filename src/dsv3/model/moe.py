@@ -58,7 +58,7 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         # model.bfloat16() must not round the bias: steps of 0.001 vanish beside a bias of 0.5 in BF16.
         exact = self.e_score_correction_bias
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
         if moved.dtype != exact.dtype:
             self.e_score_correction_bias = exact.to(moved.device)
@@ -144,7 +144,9 @@ class MoE(nn.Module):
         """Choose experts for ``[B, T, D]`` and say how the load fell."""
         routing = self.gate(u_BTD.flatten(0, 1))
         experts = routing.scores_NE.shape[-1]
-        load_E = torch.bincount(routing.indices_NK.flatten(), minlength=experts)
+        chosen = routing.indices_NK.flatten()
+        load_E = torch.zeros(experts, dtype=torch.int64, device=chosen.device)
+        load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
         loss = None
         if self.alpha and torch.is_grad_enabled():
             loss = balance_loss(routing.scores_NE.unflatten(0, u_BTD.shape[:2]), self.gate.chosen)

@@ -24,7 +24,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made chunk by chunk in the forward pass, while the chunk's logits exist."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, h_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> Tensor:
         w = w_VD.to(h_ND.dtype)
         total = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         needs_h, needs_w = ctx.needs_input_grad[:2]
@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_h, grad_w = ctx.saved_tensors
         if grad_h is not None:
             grad_h = grad_h * grad.to(grad_h.dtype)

@@ -20,14 +20,14 @@ class _RMSNorm(torch.autograd.Function):
     """Two passes forward, four backward, and only the input kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, inverse)
         return (x * inverse).mul_(weight_D)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, inverse = ctx.saved_tensors
         normalised = (x * inverse).flatten(0, -2)
         grad = grad.reshape(normalised.shape)

@@ -46,26 +46,24 @@ def _sum_rows(y_MD: Tensor, inverse_NK: Tensor, gates_NK: Tensor | None) -> Tens
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_NK)
         return x_ND.index_select(0, order_M // inverse_NK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_NK,) = ctx.saved_tensors
         return _sum_rows(grad_MD, inverse_NK, None), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, inverse_NK: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(y_MD, gates_NK, order_M, inverse_NK)
         return _sum_rows(y_MD, inverse_NK, gates_NK)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_MD, gates_NK, order_M, inverse_NK = ctx.saved_tensors
         grad_y = grad_ND.index_select(0, order_M // inverse_NK.shape[1])
         grad_gates = torch.linalg.vecdot(grad_y.to(gates_NK.dtype), y_MD.to(gates_NK.dtype))[inverse_NK]

@@ -1,0 +1,44 @@
+"""Balancing experts by their biases, without an auxiliary loss (report 2.1.2).
+
+Shapes: E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv3.model.moe import MoE, RouterStats
+
+
+class Balancer:
+    """Adds up the load of every layer over the micro batches of a step, then moves the biases once."""
+
+    def __init__(self, layers: dict[int, MoE]):
+        self.layers = layers
+        self.load: dict[int, Tensor] = {}
+
+    def add(self, router: dict[int, RouterStats]) -> None:
+        """Count one micro batch. Call it on what a forward returned: a recomputed forward is not counted."""
+        for layer, stats in router.items():
+            seen = self.load.get(layer)
+            self.load[layer] = stats.load_E.clone() if seen is None else seen.add_(stats.load_E)
+
+    @torch.no_grad()
+    def update(self, gamma: float) -> None:
+        """``b_i += gamma * sign(mean load - load_i)`` from the load of the whole global batch."""
+        for layer, load_E in self.load.items():
+            error_E = load_E.float().mean() - load_E.float()
+            self.layers[layer].gate.e_score_correction_bias.add_(error_E.sign(), alpha=gamma)
+
+    def take(self) -> dict[int, list[int]]:
+        """The loads of the step by layer, tokens an expert; the count starts again at zero."""
+        loads = {layer: load_E.tolist() for layer, load_E in sorted(self.load.items())}
+        self.load = {}
+        return loads
+
+
+def max_violation(load: list[int]) -> float:
+    """MaxVio: how far the busiest expert is above the mean, ``max / mean - 1``."""
+    mean = sum(load) / len(load)
+    return max(load) / mean - 1 if mean else 0.0
