@@ -1,0 +1,1 @@
+"""Floor 4: tokenizer, sources, fill-in-the-middle, token shards, the loader, the chat template."""
