@@ -1,0 +1,207 @@
+"""Read and write safetensors files as streams, one tensor at a time.
+
+The format: eight bytes of header length (little-endian), a JSON header ``{name: {dtype, shape,
+data_offsets}}``, then the raw bytes. The library's ``save_file`` copies a whole file's tensors before it
+writes, and what it maps to read counts as resident memory; here a tensor of the file's dtype is read straight
+into its own memory, and every other path goes through one buffer of ``CHUNK`` bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv3.common.errors import UserError
+
+CHUNK = 16 * 2**20  # bytes; large enough for full disk speed, small beside any model
+MAX_HEADER = 100_000_000  # bytes; the library's own limit
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: dtype, shape, first byte (from the start of the file) and length in bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable, not copied."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+class SafetensorsFile:
+    """An open file: ``entries`` by name (checked), and tensors read on demand.
+
+    Raises :class:`UserError` where the file is not whole or not safetensors: a header that does not parse, is
+    too long, or whose tensors do not fill the file exactly, without gap or overlap.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from None
+        try:
+            self.metadata, self.entries = self._header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; reading ends here."""
+        self._file.close()
+
+    def _refuse(self, why: str) -> UserError:
+        return UserError(f"{self.path} is damaged or not a safetensors file: {why}; fetch it again")
+
+    def _header(self) -> tuple[dict[str, str], dict[str, Entry]]:
+        whole = self.path.stat().st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if whole < 8 or length > min(MAX_HEADER, whole - 8):
+            raise self._refuse(f"a header of {length} bytes does not fit ({whole} bytes in the file)")
+        content = bytearray(length)
+        self._fill(memoryview(content))
+        try:
+            tree = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise self._refuse("its header is not JSON") from None
+        if not isinstance(tree, dict):
+            raise self._refuse("its header is not a JSON object")
+        metadata = tree.pop("__metadata__", None) or {}
+        entries = {name: self._entry(name, value, 8 + length) for name, value in tree.items()}
+        end = 8 + length
+        for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.size)):
+            if entry.start != end:
+                raise self._refuse("its tensors overlap or leave gaps")
+            end += entry.size
+        if end != whole:
+            raise self._refuse(f"its tensors end at byte {end}, the file at {whole}")
+        return metadata, entries
+
+    def _entry(self, name: str, value: Any, base: int) -> Entry:
+        try:
+            kind, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            numbers = [*shape, begin, end]
+        except (TypeError, KeyError, ValueError):
+            raise self._refuse(f"the header's entry {name!r} is malformed") from None
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise self._refuse(f"the header's entry {name!r} holds something else than natural numbers")
+        if kind not in DTYPES:
+            raise UserError(f"{self.path}: {name} has dtype {kind!r}, which dsv3 does not read")
+        size = math.prod(shape) * DTYPES[kind].itemsize
+        if end - begin != size:
+            raise self._refuse(
+                f"{name} {list(shape)} {kind} needs {size} bytes, the header gives {end - begin}"
+            )
+        return Entry(DTYPES[kind], shape, base + begin, size)
+
+    def _fill(self, view: memoryview) -> None:
+        """Read exactly ``len(view)`` bytes (one system call gives at most 2 GB)."""
+        while len(view):
+            got = self._file.readinto(view)
+            if not got:
+                raise self._refuse("it ends early")
+            view = view[got:]
+
+    def pieces(self, name: str, elements: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The tensor, flat, in pieces: ``(first element, 1-D CPU tensor)``, in a buffer used again and again.
+
+        A piece has ``elements`` elements (the last may be shorter), by default ``CHUNK`` bytes.
+        """
+        entry = self.entries[name]
+        total = math.prod(entry.shape)
+        step = elements or max(1, CHUNK // entry.dtype.itemsize)
+        buffer = torch.empty(min(step, total), dtype=entry.dtype, device="cpu")
+        for first in range(0, total, step):
+            piece = buffer[: total - first]
+            self._file.seek(entry.start + first * entry.dtype.itemsize)
+            self._fill(_raw(piece))
+            yield first, piece
+
+    @torch.no_grad()
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """Read a tensor into ``into`` (contiguous, same shape; any dtype and device), or into a new one."""
+        entry = self.entries[name]
+        if into is None:
+            into = torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+        if into.dtype == entry.dtype and into.device.type == "cpu":
+            self._file.seek(entry.start)
+            self._fill(_raw(into))
+        else:
+            flat = into.view(-1)
+            for first, piece in self.pieces(name):
+                flat[first : first + len(piece)].copy_(piece)
+        return into
+
+
+def write(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Write a safetensors file piece by piece; returns its SHA-256 in hex.
+
+    ``dtypes`` names the tensors to be cast on the way (any device). Nothing is flushed to disk: use it
+    inside :func:`dsv3.common.files.new_folder`, which does. Raises OSError when the disk is full.
+    """
+    kinds = {name: (dtypes or {}).get(name, tensor.dtype) for name, tensor in tensors.items()}
+    for name, kind in kinds.items():
+        if name == "__metadata__" or kind not in NAMES:
+            raise UserError(f"tensor {name!r} ({kind}) cannot be stored in a safetensors file")
+    # Widest first, as the library does it: then every tensor is aligned for readers that map the file.
+    order = sorted(tensors, key=lambda name: -kinds[name].itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        size = tensors[name].numel() * kinds[name].itemsize
+        header[name] = {
+            "dtype": NAMES[kinds[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [end, end + size],
+        }
+        end += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for content in (len(text).to_bytes(8, "little"), text):
+            file.write(content)
+            digest.update(content)
+        for name in order:
+            flat = tensors[name].detach().reshape(-1)
+            step = max(1, CHUNK // max(kinds[name].itemsize, flat.dtype.itemsize))
+            for first in range(0, flat.numel(), step):
+                piece = _raw(flat[first : first + step].to("cpu", kinds[name]).contiguous())
+                file.write(piece)
+                digest.update(piece)
+    return digest.hexdigest()
