@@ -29,18 +29,19 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, inverse = ctx.saved_tensors
-        normalised = (x * inverse).flatten(0, -2)
+        normalised = (x * inverse).reshape(-1, x.shape[-1])
         grad = grad.reshape(normalised.shape)
         grad_weight = torch.einsum("nd,nd->d", grad, normalised)
         grad_x = grad * weight_D
         along = torch.linalg.vecdot(grad_x, normalised)[:, None].div_(x.shape[-1])
-        grad_x.addcmul_(normalised, along, value=-1).mul_(inverse.flatten(0, -2))
+        grad_x.addcmul_(normalised, along, value=-1).mul_(inverse.reshape(-1, 1))
         return grad_x.view_as(x), grad_weight, None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight``, same shape and dtype as ``x``; statistics in FP32."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    exact = x.dtype in (torch.float32, torch.float64)
+    if exact and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return _RMSNorm.apply(x, weight_D, eps)
     if x.device.type == "cuda":
         return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
