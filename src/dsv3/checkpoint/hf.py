@@ -64,8 +64,8 @@ def load(
         if depth != said:
             if "num_nextn_predict_layers" in config.model_fields_set:
                 warnings.warn(
-                    f"{folder} holds {depth} MTP layers, its config.json says num_nextn_predict_layers {said}:"
-                    f" the model has {depth}",
+                    f"{folder} holds {depth} MTP layers, its config.json says num_nextn_predict_layers"
+                    f" {said}: the model has {depth}",
                     stacklevel=2,
                 )
             config = ModelConfig.from_dict({**config.to_dict(), "num_nextn_predict_layers": depth})
@@ -115,8 +115,8 @@ def save_into(
     tokenizer_files: Iterable[str | Path] = (),
 ) -> dict[str, str]:
     """What :func:`save` writes, into an existing folder; returns the SHA-256 of each file with weights."""
-    tokenizer_files = [Path(path) for path in tokenizer_files]
-    absent = [str(path) for path in tokenizer_files if not path.is_file()]
+    copied = [Path(path) for path in tokenizer_files]
+    absent = [str(path) for path in copied if not path.is_file()]
     if absent:
         raise UserError(f"tokenizer file {some(absent)} does not exist")
     tensors = dict(names.hf_tensors(model))
@@ -138,7 +138,7 @@ def save_into(
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
     write_json(folder / "config.json", config_json(model.config, dtypes["lm_head.weight"]))
     write_json(folder / "generation_config.json", _generation_config(model.config))
-    for path in tokenizer_files:
+    for path in copied:
         shutil.copyfile(path, folder / path.name)
     return digests
 

@@ -115,7 +115,7 @@ class SafetensorsFile:
             raise self._refuse(f"the header's entry {name!r} is malformed") from None
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise self._refuse(f"the header's entry {name!r} holds something else than natural numbers")
-        if kind not in DTYPES:
+        if not isinstance(kind, str) or kind not in DTYPES:
             raise UserError(f"{self.path}: {name} has dtype {kind!r}, which dsv3 does not read")
         size = math.prod(shape) * DTYPES[kind].itemsize
         if end - begin != size:
