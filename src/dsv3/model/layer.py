@@ -49,9 +49,14 @@ class DecoderLayer(nn.Module):
             MoE(config) if config.is_moe(layer) else MLP(config.hidden_size, config.intermediate_size)
         )
 
+    def prepare(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm and attention's down-projections."""
+        return self.self_attn.compress(self.input_layernorm(x_BTD))
+
     def attend_and_route(self, x_BTD: Tensor, context: Context) -> Step:
         """Attention, norm, and (with experts) the choice of experts."""
-        residual = x_BTD + self.self_attn(self.input_layernorm(x_BTD), context)
+        attention = self.self_attn
+        residual = x_BTD + attention.o_proj(attention.attend(*self.prepare(x_BTD), context))
         u = self.post_attention_layernorm(residual)
         if isinstance(self.mlp, MLP):
             return Step(residual, u)

@@ -31,9 +31,10 @@ class _RMSNorm(torch.autograd.Function):
         x, weight_D, inverse = ctx.saved_tensors
         normalised = (x * inverse).reshape(-1, x.shape[-1])
         grad = grad.reshape(normalised.shape)
-        grad_weight = torch.einsum("nd,nd->d", grad, normalised)
-        grad_x = grad * weight_D
-        along = torch.linalg.vecdot(grad_x, normalised)[:, None].div_(x.shape[-1])
+        product = grad * normalised
+        grad_weight = product.sum(dim=0)
+        along = torch.mv(product, weight_D)[:, None].div_(x.shape[-1])
+        grad_x = torch.mul(grad, weight_D, out=product)
         grad_x.addcmul_(normalised, along, value=-1).mul_(inverse.reshape(-1, 1))
         return grad_x.view_as(x), grad_weight, None
 

@@ -66,7 +66,7 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_MD, gates_NK, order_M, inverse_NK = ctx.saved_tensors
         grad_y = grad_ND.index_select(0, order_M // inverse_NK.shape[1])
-        grad_gates = torch.linalg.vecdot(grad_y.to(gates_NK.dtype), y_MD.to(gates_NK.dtype))[inverse_NK]
+        grad_gates = (grad_y.to(gates_NK.dtype) * y_MD).sum(dim=-1)[inverse_NK]
         grad_y *= gates_NK.flatten()[order_M, None].to(grad_y.dtype)
         return grad_y, grad_gates, None, None
 

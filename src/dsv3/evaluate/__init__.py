@@ -1,0 +1,1 @@
+"""Floor 7: how good a model is."""

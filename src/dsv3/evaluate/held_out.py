@@ -1,0 +1,95 @@
+"""Bits per byte and MTP acceptance on held-out text (report 2.2 for the latter).
+
+Shapes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import lzma
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv3.model import DeepSeekV3
+from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """``loss``: nats a token. ``bits_per_byte``: bits a UTF-8 byte of the text the tokens stand for.
+
+    ``acceptance``: share of positions, for each MTP depth, where the draft is the token the main model
+    itself would choose greedily there.
+    """
+
+    loss: float
+    bits_per_byte: float
+    acceptance: list[float]
+
+
+@torch.no_grad()
+def evaluate(
+    model: DeepSeekV3, tokens_SX: Tensor, byte_lengths: Tensor, length: int, batch: int = 8
+) -> HeldOut:
+    """Read sequences ``tokens_SX`` int64 ``[S, length + 1 or more]``; each predicts its tokens 1 .. length.
+
+    ``byte_lengths`` ``[V]``: UTF-8 bytes a token stands for (0 for special tokens).
+    """
+    device = model.lm_head.weight.device
+    nats, tokens, size = 0.0, 0, 0
+    agreed = [0] * len(model.mtp_modules)
+    drafted = [0] * len(model.mtp_modules)
+    for start in range(0, tokens_SX.shape[0], batch):
+        rows = tokens_SX[start : start + batch, : length + 1].to(device)
+        states, _ = model.hidden_states(rows[:, :length])
+        target = rows[:, 1 : length + 1]
+        flat = states[0].flatten(0, 1)
+        nats += float(linear_cross_entropy(flat, model.lm_head.weight, target.reshape(-1)))
+        tokens += target.numel()
+        size += int(byte_lengths[target.cpu()].sum())
+        if len(states) > 1:
+            greedy = _argmax(model, states[0])
+            for depth, state in enumerate(states[1:], start=1):
+                draft = _argmax(model, state)  # at i: the token at i + depth + 1
+                own = greedy[:, depth : depth + draft.shape[1]]
+                agreed[depth - 1] += int((draft[:, : own.shape[1]] == own).sum())
+                drafted[depth - 1] += own.numel()
+    acceptance = [a / max(1, d) for a, d in zip(agreed, drafted)]
+    return HeldOut(nats / max(1, tokens), nats / math.log(2) / max(1, size), acceptance)
+
+
+def _argmax(model: DeepSeekV3, state_BTD: Tensor) -> Tensor:
+    """Likeliest token of each position, one sequence at a time to bound the logits."""
+    return torch.stack([model.lm_head(row).argmax(dim=-1) for row in state_BTD])
+
+
+def unigram_bits_per_byte(fit: bytes, text: bytes) -> float:
+    """Baseline: bits a byte of ``text`` under the byte frequencies of ``fit`` (add-one smoothed)."""
+    counts = Counter(fit)
+    total = len(fit) + 256
+    bits = sum(n * -math.log2((counts[byte] + 1) / total) for byte, n in Counter(text).items())
+    return bits / max(1, len(text))
+
+
+def xz_bits_per_byte(text: bytes) -> float:
+    """Baseline: bits a byte after ``xz -9``."""
+    return 8 * len(lzma.compress(text, preset=9)) / max(1, len(text))
+
+
+def total_loss(model: DeepSeekV3, ids: Sequence[int], length: int) -> float:
+    """Nats of a whole token sequence, read in windows of ``length``; the first token is given."""
+    stream = torch.tensor(list(ids), dtype=torch.int64)
+    windows = -(-max(0, len(stream) - 1) // length)
+    padded = torch.full((windows * length + 1,), IGNORE, dtype=torch.int64)
+    padded[: len(stream)] = stream
+    nats = 0.0
+    with torch.no_grad():
+        for index in range(windows):
+            piece = padded[index * length : (index + 1) * length + 1]
+            states, _ = model.hidden_states(piece[None, :-1].clamp_min(0), mtp=False)
+            nats += float(linear_cross_entropy(states[0][0], model.lm_head.weight, piece[1:]))
+    return nats

@@ -1,0 +1,87 @@
+"""Held-out text while training: bits per byte and MTP acceptance, and samples to look at."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.evaluate.held_out import HeldOut, evaluate
+from dsv3.evaluate.sample import generate
+from dsv3.train.run import RunFolder
+from dsv3.train.trainer import Callback, StepReport, Trainer
+
+
+class Validation(Callback):
+    """Reads the same held-out sequences every ``validation.every`` steps and at the end."""
+
+    def __init__(self, run: RunFolder, tokens_SX: Tensor, byte_lengths: Tensor):
+        self.run, self.tokens_SX, self.byte_lengths = run, tokens_SX, byte_lengths
+        self.last: HeldOut | None = None
+        self.last_step = -1
+
+    def measure(self, trainer: Trainer) -> None:
+        """Evaluate now, unless this step already was."""
+        if self.last_step == trainer.state.step:
+            return
+        trainer.model.eval()
+        found = evaluate(trainer.model, self.tokens_SX, self.byte_lengths, trainer.recipe.sequence_length)
+        trainer.model.train()
+        self.last, self.last_step = found, trainer.state.step
+        self.run.metric(
+            {
+                "step": trainer.state.step,
+                "tokens": trainer.state.tokens,
+                "validation_loss": found.loss,
+                "validation_bits_per_byte": found.bits_per_byte,
+                "mtp_acceptance": found.acceptance,
+            }
+        )
+        accepted = ", ".join(f"{share:.1%}" for share in found.acceptance)
+        self.run.log(
+            f"step {trainer.state.step}: held-out {found.bits_per_byte:.3f} bits per byte"
+            + (f", MTP acceptance {accepted}" if accepted else "")
+        )
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Every ``validation.every`` steps."""
+        if trainer.state.step % trainer.recipe.validation.every == 0:
+            self.measure(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Once more at the end of the run; not when it was only asked to stop."""
+        if trainer.finished:
+            self.measure(trainer)
+
+
+class Samples(Callback):
+    """Continues the recipe's prompts every ``samples.every`` steps and at the end."""
+
+    def __init__(self, run: RunFolder, tokenizer: Tokenizer):
+        self.run, self.tokenizer = run, tokenizer
+
+    def write(self, trainer: Trainer) -> None:
+        """One line of ``samples.jsonl`` a prompt."""
+        options, tokenizer = trainer.recipe.samples, self.tokenizer
+        trainer.model.eval()
+        for prompt in options.prompts:
+            ids = generate(
+                trainer.model,
+                tokenizer.encode(prompt) or [tokenizer.eos_id],
+                options.tokens,
+                options.temperature,
+                seed=trainer.recipe.seed,
+                stop={tokenizer.eos_id},
+                vocab_size=tokenizer.vocab_size,
+            )
+            self.run.sample({"step": trainer.state.step, "prompt": prompt, "text": tokenizer.decode(ids)})
+        trainer.model.train()
+
+    def on_step(self, trainer: Trainer, report: StepReport) -> None:
+        """Every ``samples.every`` steps."""
+        if trainer.state.step % trainer.recipe.samples.every == 0 and not trainer.finished:
+            self.write(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """At the end of the run."""
+        if trainer.finished:
+            self.write(trainer)

@@ -1,0 +1,140 @@
+"""``dsv3 pretrain``: puts a recipe's parts together and trains (report 4)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from dsv3.checkpoint import run as checkpoints
+from dsv3.checkpoint.hf import save
+from dsv3.common.errors import UserError
+from dsv3.config.train import PretrainRecipe, check_vocabulary
+from dsv3.data.loader import TokenLoader
+from dsv3.data.shards import TokenShards
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.model import DeepSeekV3
+from dsv3.train import recompute
+from dsv3.train.callbacks.checkpoints import Checkpoints, resume
+from dsv3.train.callbacks.ema import EMA
+from dsv3.train.callbacks.metrics import Metrics
+from dsv3.train.callbacks.plots import Plots
+from dsv3.train.callbacks.validation import Samples, Validation
+from dsv3.train.callbacks.watch import Watch
+from dsv3.train.optimizer import build
+from dsv3.train.run import RunFolder
+from dsv3.train.trainer import Callback, Trainer
+
+__all__ = ["pretrain"]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device ({name}) is unknown; use cpu, cuda or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device ({name}) is not there; use --device cpu")
+    return device
+
+
+def _folder(path: Path, split: str) -> list[tuple[TokenShards, float]]:
+    """The prepared sources of one split with their weights."""
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        raise UserError(f"data.path ({path}) holds no prepared data: run `dsv3 data prepare` first")
+    sources = json.loads(manifest.read_text(encoding="utf-8"))["sources"]
+    return [(TokenShards(path / split / name), float(info["weight"])) for name, info in sources.items()]
+
+
+def make_model(recipe: PretrainRecipe, device: torch.device) -> DeepSeekV3:
+    """The model of a recipe with its initial weights, precision, recompute and compilation."""
+    with torch.device(device):
+        model = DeepSeekV3(recipe.model, seed=recipe.seed)
+    if recipe.precision == "bf16":
+        model.model.embed_tokens.compute_dtype = torch.bfloat16
+    recompute.apply(model, recipe.recompute)
+    if recipe.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    return model
+
+
+def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
+    """Train by ``recipe``; returns the run folder.
+
+    ``resume_from``: None starts anew (and refuses a folder that holds a run), ``auto`` goes on from the
+    newest whole checkpoint of the run folder if there is one, a path from that checkpoint.
+    Raises :class:`UserError` for bad input before anything is written, :class:`TrainingFailed` if the run
+    cannot go on.
+    """
+    device = choose_device(recipe.device)
+    data = Path(recipe.data.path)
+    train, valid = _folder(data, "train"), _folder(data, "valid")
+    tokenizer = Tokenizer.load(data)
+    check_vocabulary(recipe.model, tokenizer.vocab_size)
+    length, extra = recipe.sequence_length, 1 + recipe.model.num_nextn_predict_layers
+    loader = TokenLoader(train, length, extra, recipe.seed, mask_documents=recipe.data.mask_documents)
+    held_out = TokenLoader(valid, length, extra, seed=0)
+    sequences = min(recipe.validation.sequences, sum(held_out.samples))
+
+    run = RunFolder(recipe.out)
+    run.begin(recipe, resume=resume_from is not None)
+    checkpoint = _find_checkpoint(run, resume_from)
+
+    model = make_model(recipe, device)
+    callbacks: list[Callback] = [
+        Metrics(run),
+        Watch(run),
+        Validation(
+            run, held_out.batch(0, sequences).tokens_BT, torch.from_numpy(tokenizer.byte_lengths).long()
+        ),
+        Samples(run, tokenizer),
+        *([EMA(recipe.ema.decay)] if recipe.ema.decay else []),
+        Checkpoints(run, tokenizer_files(data)),
+        Plots(run),
+    ]
+    trainer = Trainer(recipe, model, loader, build(model, recipe.optimizer), callbacks)
+    if checkpoint is not None:
+        resume(trainer, checkpoint)
+        run.rewind(trainer.state.step)
+        run.log(f"resumed from {checkpoint.name} at {trainer.state.tokens} tokens")
+    trainer.train()
+    if trainer.stopping:
+        run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")
+        print(f"Stopped and saved. Go on with: --resume auto --out {run.path}")
+    else:
+        _export(trainer, run, tokenizer)
+    return run.path
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a checkpoint takes along from prepared data so that it opens by itself."""
+    return [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := folder / name).is_file()]
+
+
+def _find_checkpoint(run: RunFolder, resume_from: str | None) -> Path | None:
+    if resume_from is None:
+        return None
+    if resume_from != "auto":
+        checkpoints.verify(Path(resume_from))
+        return Path(resume_from)
+    found, messages = checkpoints.latest(run.checkpoints)
+    for message in messages:
+        run.log(message)
+        print(message)
+    return found
+
+
+def _export(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer) -> None:
+    """The finished model as a Hugging Face folder, ``run/model``."""
+    target = run.path / "model"
+    if target.exists():
+        return
+    save(trainer.model, target)
+    tokenizer.save(target)
+    run.log(f"finished after {trainer.state.step} steps; the model is in {target}")

@@ -1,0 +1,76 @@
+"""A run folder: ``recipe.yaml``, ``metrics.jsonl``, ``samples.jsonl``, ``log.txt``, ``plots/``, ``checkpoints/``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from dsv3.common.errors import UserError
+from dsv3.common.files import write_atomic
+from dsv3.common.progress import Progress
+from dsv3.config import recipe as recipes
+
+
+class RunFolder:
+    """Where a run writes. Lines are flushed as they are written: a killed run loses at most the last one."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.plots = self.path / "plots"
+        self.progress: Progress | None = None
+
+    def begin(self, recipe: BaseModel, *, resume: bool) -> None:
+        """Make the folder and write the resolved recipe; a folder that holds a run needs ``resume``."""
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()) and not resume:
+            raise UserError(
+                f"out ({self.path}) already holds a run: continue it with --resume auto, or choose another --out"
+            )
+        for folder in (self.path, self.checkpoints, self.plots):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"out ({self.path}) cannot be made: {error.strerror}") from None
+        write_atomic(self.path / "recipe.yaml", recipes.dump(recipe))
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines written after ``step``: the run goes on from there."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.path / name
+            if path.exists():
+                kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+                write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def _append(self, name: str, text: str) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def metric(self, record: dict[str, Any]) -> None:
+        """One line of ``metrics.jsonl``."""
+        self._append("metrics.jsonl", json.dumps(record))
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """One line of ``samples.jsonl``."""
+        self._append("samples.jsonl", json.dumps(record, ensure_ascii=False))
+
+    def log(self, text: str) -> None:
+        """A line for people: ``log.txt``, and above the progress bar."""
+        stamp = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+        self._append("log.txt", f"{stamp}  {text}")
+        if self.progress is not None:
+            self.progress.line(text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole JSON line of a file; a last line cut short by a kill is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
