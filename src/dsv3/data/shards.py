@@ -1,8 +1,8 @@
 """Token shards on disk: little-endian uint32 tokens, where each document starts, and checksums.
 
-A shard is three files: ``shard-00007.bin`` (tokens), ``shard-00007.starts`` (uint64 position in the shard
-of each document's first token) and, written last, ``shard-00007.json`` with counts and SHA-256 of both.
-A folder's ``manifest.json`` lists its shards in order. Tokens of all shards form one long sequence.
+A shard is two files: ``shard-00007.bin`` (tokens) and ``shard-00007.starts`` (uint64 position in the shard of
+each document's first token). A folder's ``manifest.json`` lists its shards in order, with SHA-256 of both.
+Tokens of all shards form one long sequence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ START = np.dtype("<u8")
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What a shard's JSON says. ``text_bytes``: UTF-8 bytes of the documents, without special tokens."""
+    """What the manifest says of a shard. ``text_bytes``: UTF-8 bytes of the documents' text."""
 
     name: str
     tokens: int
@@ -35,18 +35,16 @@ class ShardInfo:
 
 
 def write_shard(folder: Path, name: str, documents: list[np.ndarray], text_bytes: int) -> ShardInfo:
-    """Write one shard atomically (its JSON last); ``documents`` are 1-D arrays of token ids."""
+    """Write one shard's files atomically; ``documents`` are 1-D arrays of token ids."""
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(START)
     write_atomic(folder / f"{name}.bin", np.concatenate(documents).astype(TOKEN).tobytes())
     write_atomic(folder / f"{name}.starts", starts.tobytes())
-    info = ShardInfo(
+    return ShardInfo(
         name, int(lengths.sum()), len(documents), text_bytes,
         sha256(folder / f"{name}.bin"), sha256(folder / f"{name}.starts"),
     )  # fmt: skip
-    write_json(folder / f"{name}.json", asdict(info))
-    return info
 
 
 def write_manifest(folder: Path, shards: list[ShardInfo]) -> dict[str, int]:
@@ -149,8 +147,8 @@ class TokenShards:
 def open_split(out: str | Path, split: str) -> list[tuple[str, TokenShards, float]]:
     """The sources of a prepared folder: (name, shards, weight) each; ``split`` is ``train`` or ``valid``.
 
-    Sources without a document in that split are left out. Raises :class:`UserError` if ``out`` was not prepared
-    to the end, or nothing is in the split.
+    Sources without a document in that split are left out. Raises :class:`UserError` if ``out`` is not
+    prepared to the end, or nothing is in the split.
     """
     manifest = Path(out) / "manifest.json"
     if not manifest.is_file():

@@ -271,7 +271,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=False),
         ]
     )
-    inner.decoder = decoders.ByteLevel(add_prefix_space=True, trim_offsets=True, use_regex=True)
+    inner.decoder = decoders.ByteLevel()
     inner.post_processor = processors.ByteLevel(add_prefix_space=True, trim_offsets=False, use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(CONTROL),

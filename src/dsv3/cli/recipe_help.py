@@ -1,0 +1,53 @@
+"""Help for verbs that take a recipe: every key with its meaning, unit and default."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import typer.core
+
+if TYPE_CHECKING:
+    from dsv3.config.recipe import Recipe
+
+# For `@app.command(context_settings=OVERRIDES)`: what is not an option of the verb is an override of a key.
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+WIDTH = 100
+
+
+def describe(cls: type[Recipe]) -> str:
+    """One paragraph a key: ``--section.key TYPE  meaning [default: value]``."""
+    import yaml
+
+    from dsv3.config.recipe import keys
+
+    lines = []
+    for key, (kind, meaning, default) in keys(cls).items():
+        if default is ...:
+            value = "required"
+        else:
+            plain = default if isinstance(default, str | int | float | bool | list | None) else str(default)
+            shown = yaml.safe_dump(plain, default_flow_style=True, width=1000, allow_unicode=True)
+            value = "default: " + shown.removesuffix("...\n").strip()
+        lines.append(f"  {key}  ({kind})")
+        lines += textwrap.wrap(
+            f"{meaning} [{value}]", WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return "\n".join(lines)
+
+
+def command(recipe_class: Callable[[], type[Recipe]]) -> type[typer.core.TyperCommand]:
+    """A command class whose ``--help`` ends with every key of a recipe.
+
+    ``recipe_class`` is called only when help is shown, so that the import waits until then. Use as
+    ``@app.command(cls=command(lambda: ...), context_settings=OVERRIDES)``.
+    """
+
+    class WithKeys(typer.core.TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            super().format_help(ctx, formatter)
+            formatter.write("\nRecipe keys (in the YAML file, or on the command line as --key VALUE):\n\n")
+            formatter.write(describe(recipe_class()) + "\n")
+
+    return WithKeys
