@@ -35,9 +35,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 2**20])
-def test_the_library_reads_what_we_write(
-    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_library_reads_what_we_write(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_io, "CHUNK", chunk)
     tensors = _tensors()
     digest = write(tmp_path / "a", tensors, metadata={"format": "pt"})
@@ -52,9 +50,7 @@ def test_the_library_reads_what_we_write(
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 2**20])
-def test_we_read_what_the_library_writes(
-    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_we_read_what_the_library_writes(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_io, "CHUNK", chunk)
     tensors = {name: tensor.contiguous() for name, tensor in _tensors().items()}
     save_file(tensors, tmp_path / "a", metadata={"format": "pt"})
@@ -135,7 +131,7 @@ def test_bad_files_are_refused(tmp_path: Path, case: str) -> None:
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read .*gone"):
+    with pytest.raises(UserError, match=r"cannot read .*gone"):
         SafetensorsFile(tmp_path / "gone")
 
 

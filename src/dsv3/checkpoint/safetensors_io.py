@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dsv3.common.errors import UserError
 
-CHUNK = 16 * 2**20  # bytes; large enough for full disk speed, small beside any model
+CHUNK = 4 * 2**20  # bytes; large enough for full disk speed, small beside any model
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 
 DTYPES: dict[str, torch.dtype] = {

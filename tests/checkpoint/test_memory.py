@@ -1,0 +1,83 @@
+"""Loading and saving take the model's memory and little more: measured in a process of its own.
+
+The peak is the kernel's VmHWM. (``getrusage`` would not do: a child inherits its parent's high-water mark.)
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv3.checkpoint import run
+from dsv3.checkpoint.hf import save
+from dsv3.config.model import ModelConfig
+from dsv3.model import DeepSeekV3
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+import torch, dsv3
+from dsv3.checkpoint import hf, run
+from dsv3.checkpoint.hf import load, save
+torch.set_num_threads(1)
+torch.empty(8).bfloat16().float()
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+folder, dtype, job = sys.argv[1:]
+base = peak()
+model = load(folder, dtype=dtype if dtype != "stored" else None)
+size = sum(tensor.nbytes for tensor in model.state_dict().values())
+after_load = peak() - base
+if job == "save":
+    cast = torch.bfloat16 if dtype == "float32" else None
+    save(model, folder + ".out", dtype=cast, max_shard_bytes=150 << 20)
+elif job == "run":
+    run.write(folder + ".run/step-000001", model=model, tensors={}, state={})
+    run.read_into(folder + ".run/step-000001", model)
+print(json.dumps({"size": size, "load": after_load / size, "all": (peak() - base) / size}))
+"""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80M parameters, 320 MB in FP32, in two shards; not random: only the sizes matter here."""
+    config = ModelConfig.preset("small", num_hidden_layers=6, n_routed_experts=24, vocab_size=32768)
+    with torch.device("meta"):
+        model = DeepSeekV3(config)
+    model = model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.fill_(0.5)
+    path = tmp_path_factory.mktemp("memory") / "model"
+    save(model, path, max_shard_bytes=200 << 20)
+    return path
+
+
+def _measure(folder: Path, dtype: str, job: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", MEASURE, str(folder), dtype, job]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "job"), [("stored", "save"), ("float32", "save"), ("bfloat16", "save"), ("stored", "run")]
+)
+def test_peak(folder: Path, tmp_path: Path, dtype: str, job: str) -> None:
+    copy = tmp_path / "model"
+    copy.symlink_to(folder)  # what the process writes lies beside it and goes with tmp_path
+    found = _measure(copy, dtype, job)
+    print(
+        f"{dtype} {job}: {found['size'] / 2**20:.0f} MiB, load {found['load']:.3f}x, all {found['all']:.3f}x"
+    )
+    assert found["size"] > (300 << 20) / (2 if dtype == "bfloat16" else 1)
+    assert 0.9 < found["load"] < 1.3, found
+    assert found["all"] < 1.3, found
+    if job == "run":
+        run.verify(tmp_path / "model.run" / "step-000001")
