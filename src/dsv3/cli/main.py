@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dsv3.cli import data, tokenizer
+from dsv3.cli import data, generate, plan, pretrain, tokenizer
 from dsv3.common.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(pretrain.app)
+app.add_typer(generate.app)
+app.add_typer(plan.app, name="plan")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 
@@ -31,7 +34,7 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"dsv3: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("dsv3: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that reach a person as one line, never as a traceback."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input: one line naming the field, the value and the way out.
 
-    The command line prints it without a traceback and exits with 2.
+    The command line prints it without a traceback and exits with ``exit_code``.
     """
+
+    exit_code = 2
+
+
+class Failure(UserError):
+    """The input was fine and the work failed all the same (a full disk, a loss that stays infinite)."""
+
+    exit_code = 1
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

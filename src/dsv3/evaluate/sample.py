@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch
 
+from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
 
 
@@ -40,3 +41,35 @@ def generate(
         if chosen in stop:
             break
     return ids[len(prompt) :]
+
+
+def complete(
+    model: DeepSeekV3,
+    tokenizer: Tokenizer,
+    prompt: str,
+    suffix: str | None = None,
+    max_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """Text after ``prompt``; with ``suffix``, text between the two (PSM order, report 4.1)."""
+    if suffix is None:
+        ids = tokenizer.encode(prompt)
+    else:
+        ids = [
+            tokenizer.fim_begin_id,
+            *tokenizer.encode(prompt),
+            tokenizer.fim_hole_id,
+            *tokenizer.encode(suffix),
+            tokenizer.fim_end_id,
+        ]
+    made = generate(
+        model,
+        ids or [tokenizer.bos_id],
+        max_tokens,
+        temperature,
+        seed,
+        stop={tokenizer.eos_id},
+        vocab_size=tokenizer.vocab_size,
+    )
+    return tokenizer.decode(made, skip_special=True)

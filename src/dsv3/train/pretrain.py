@@ -106,7 +106,6 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
     trainer.train()
     if trainer.stopping:
         run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")
-        print(f"Stopped and saved. Go on with: --resume auto --out {run.path}")
     else:
         _export(trainer, run, tokenizer)
     return run.path
@@ -125,8 +124,7 @@ def _find_checkpoint(run: RunFolder, resume_from: str | None) -> Path | None:
         return Path(resume_from)
     found, messages = checkpoints.latest(run.checkpoints)
     for message in messages:
-        run.log(message)
-        print(message)
+        run.log(f"{message}; the checkpoint before it is used")
     return found
 
 

@@ -1,9 +1,10 @@
-"""A run folder: ``recipe.yaml``, ``metrics.jsonl``, ``samples.jsonl``, ``log.txt``, ``plots/``, ``checkpoints/``."""
+"""A run folder: ``recipe.yaml``, ``metrics.jsonl``, ``samples.jsonl``, ``log.txt``, plots, checkpoints."""
 
 from __future__ import annotations
 
 import datetime
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class RunFolder:
         """Make the folder and write the resolved recipe; a folder that holds a run needs ``resume``."""
         if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()) and not resume:
             raise UserError(
-                f"out ({self.path}) already holds a run: continue it with --resume auto, or choose another --out"
+                f"out ({self.path}) already holds a run: go on with --resume auto, or choose another --out"
             )
         for folder in (self.path, self.checkpoints, self.plots):
             try:
@@ -63,6 +64,8 @@ class RunFolder:
         self._append("log.txt", f"{stamp}  {text}")
         if self.progress is not None:
             self.progress.line(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

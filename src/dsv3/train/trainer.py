@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.common.errors import Failure
 from dsv3.config.train import PretrainRecipe
 from dsv3.data.loader import TokenLoader
 from dsv3.model import DeepSeekV3
@@ -22,7 +23,7 @@ from dsv3.train.optimizer import clip_gradients
 from dsv3.train.schedules import Schedules
 
 
-class TrainingFailed(Exception):
+class TrainingFailed(Failure):
     """The run cannot go on (its last good checkpoint stays); the message says why and what to do."""
 
 

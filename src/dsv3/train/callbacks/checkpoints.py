@@ -66,8 +66,8 @@ def resume(trainer: Trainer, folder: Path) -> None:
         if key == "batch":  # the step's size may change, the loader counts sequences
             continue
         raise UserError(
-            f"{key} differs from the run in {folder.parent.parent}: {before.get(key)} there, {now[key]} here; "
-            "use the run's own recipe.yaml, or another --out"
+            f"{key} ({now[key]}) differs from the run in {folder.parent.parent} ({before.get(key)}); "
+            "use that run's recipe.yaml, or another --out"
         )
     trainer.state = Progressed(**state["progress"])
     load_state_tensors(trainer.optimizer, trainer.model, tensors)

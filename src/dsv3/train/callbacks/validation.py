@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evaluate.held_out import HeldOut, evaluate
-from dsv3.evaluate.sample import generate
+from dsv3.evaluate.sample import complete
 from dsv3.train.run import RunFolder
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
@@ -64,16 +64,15 @@ class Samples(Callback):
         options, tokenizer = trainer.recipe.samples, self.tokenizer
         trainer.model.eval()
         for prompt in options.prompts:
-            ids = generate(
+            text = complete(
                 trainer.model,
-                tokenizer.encode(prompt) or [tokenizer.eos_id],
-                options.tokens,
-                options.temperature,
+                tokenizer,
+                prompt,
+                max_tokens=options.tokens,
+                temperature=options.temperature,
                 seed=trainer.recipe.seed,
-                stop={tokenizer.eos_id},
-                vocab_size=tokenizer.vocab_size,
             )
-            self.run.sample({"step": trainer.state.step, "prompt": prompt, "text": tokenizer.decode(ids)})
+            self.run.sample({"step": trainer.state.step, "prompt": prompt, "text": text})
         trainer.model.train()
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:

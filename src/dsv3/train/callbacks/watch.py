@@ -38,6 +38,6 @@ class Watch(Callback):
             middle, spread = mean(self.recent), max(pstdev(self.recent), 0.01)
             if loss > middle + SPIKE * spread:
                 self.run.log(
-                    f"step {step}: loss spike, {loss:.3f} after {middle:.3f} +- {spread:.3f} over {WINDOW} steps"
+                    f"step {step}: loss spike, {loss:.3f} after {middle:.3f} +- {spread:.3f} ({WINDOW} steps)"
                 )
         self.recent.append(loss)
