@@ -228,8 +228,8 @@ def _read_rope(tree: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "rope_theta" in style or "rope_theta" in tree:
         found["rope_theta"] = style.get("rope_theta", tree.get("rope_theta"))
-    scaling = style if style else tree.get("rope_scaling")
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    scaling: dict[str, Any] = style or tree.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return {**found, "rope_scaling": None}
     if kind != "yarn":

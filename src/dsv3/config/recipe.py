@@ -131,8 +131,11 @@ def _expand(cls: type[BaseModel], tree: Any) -> Any:
         return tree
     if issubclass(cls, Recipe):
         tree = cls.expand(tree)
-    sections = {key: _section(cls, key) for key in tree if key in cls.model_fields}
-    return {key: _expand(sections[key], value) if sections.get(key) else value for key, value in tree.items()}
+    expanded = {}
+    for key, value in tree.items():
+        section = _section(cls, key) if key in cls.model_fields else None
+        expanded[key] = value if section is None else _expand(section, value)
+    return expanded
 
 
 def validate(cls: type[R], tree: dict[str, Any]) -> R:

@@ -193,6 +193,6 @@ def check_vocabulary(config: ModelConfig, tokenizer_size: int) -> None:
     """Refuse a model whose embedding does not cover the tokenizer."""
     if config.vocab_size < tokenizer_size:
         raise UserError(
-            f"model.vocab_size ({config.vocab_size}) is smaller than the tokenizer's {tokenizer_size} tokens; "
+            f"model.vocab_size ({config.vocab_size}) is below the tokenizer's {tokenizer_size} tokens; "
             f"set --model.vocab_size {-(-tokenizer_size // 64) * 64}"
         )
