@@ -200,6 +200,7 @@ class ModelConfig(Recipe):
             "num_key_value_heads": self.num_attention_heads,
             "rope_scaling": {"type": "yarn", "rope_type": "yarn", **rope} if rope else None,
             **_FIXED,
+            "use_cache": True,
             **self.extra,
         }
 
@@ -213,12 +214,11 @@ _FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rope_interleave": True,
     "seq_aux": True,
-    "use_cache": True,
 }
 # Written from the fields, so never carried along.
 _DERIVED = {
     "architectures", "model_type", "num_key_value_heads", "rope_parameters", "rope_scaling", "num_mtp_layers",
-    "qk_head_dim", "head_dim",
+    "qk_head_dim", "head_dim", "use_cache",
 }  # fmt: skip
 
 
@@ -242,6 +242,8 @@ def _read_rope(tree: dict[str, Any]) -> dict[str, Any]:
     known.setdefault("original_max_position_embeddings", tree.get("max_position_embeddings", 4096))
     if scaling.get("attention_factor") is not None:
         raise UserError("rope_scaling.attention_factor is not implemented; use mscale and mscale_all_dim")
+    if scaling.get("truncate") is False:
+        raise UserError("rope_scaling.truncate (False) is not implemented; YaRN's ramp is rounded here")
     for key in ("mscale", "mscale_all_dim"):  # absent means zero, as transformers reads it
         known.setdefault(key, 0.0)
     return {**found, "rope_scaling": known}
