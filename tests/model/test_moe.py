@@ -92,6 +92,17 @@ def test_bias_changes_the_choice_and_not_the_gates(drawn: tuple[Gate, Tensor], s
     assert not gate.e_score_correction_bias.requires_grad
 
 
+def test_affinities_are_fp32_in_a_bfloat16_model() -> None:
+    """BF16 activations and weights: product, sigmoid and gates in FP32."""
+    gate = tiny_model().bfloat16().moe_layers()[1].gate
+    x = torch.randn(30, 40).bfloat16()
+    routing = gate(x)
+    assert gate.weight.dtype == torch.bfloat16
+    assert routing.scores_NE.dtype == routing.gates_NK.dtype == torch.float32
+    exact = torch.sigmoid(x.double() @ gate.weight.double().T)
+    assert (routing.scores_NE - exact).abs().max() < 1e-6
+
+
 def test_group_score_is_the_sum_of_the_two_best() -> None:
     """Group 0 has the single best expert, group 1 the best pair: with one group kept, group 1 wins."""
     gate = Gate(tiny_config(n_routed_experts=6, n_group=2, topk_group=1, num_experts_per_tok=2))

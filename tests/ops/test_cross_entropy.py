@@ -150,3 +150,15 @@ def test_no_tensor_of_n_times_v_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     with Largest() as seen:  # the instrument does see the reference's logits
         linear_cross_entropy_reference(h, w, labels).backward()
     assert seen.elements == n * v
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad a trained head's V x D gradient must not be made for nothing."""
+    n, d, v, rows = 16, 32, 128, 4
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", rows * v)
+    h, w, labels = inputs(n, d, v)
+    h.requires_grad_(), w.requires_grad_()
+    with torch.no_grad(), Largest() as seen:
+        loss = linear_cross_entropy(h, w, labels)
+    assert seen.elements <= rows * v < v * d
+    assert torch.allclose(loss, linear_cross_entropy(h, w, labels).detach()) and not loss.requires_grad

@@ -73,4 +73,6 @@ def linear_cross_entropy(h_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> Tensor
     ``h_ND`` in FP32 or BF16 (the products run in that dtype, the softmax in FP32), ``w_VD`` in any float
     dtype, ``labels_N`` int64. Gradients flow to ``h_ND`` and ``w_VD``; twice differentiating is an error.
     """
+    if not torch.is_grad_enabled():  # autograd would still ask for the gradients, and they cost two thirds
+        h_ND, w_VD = h_ND.detach(), w_VD.detach()
     return _LinearCrossEntropy.apply(h_ND, w_VD, labels_N)
