@@ -127,14 +127,15 @@ def test_states_need_not_be_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor any operator returned."""
+    """Records the number of elements of the largest new tensor any operator returned (views left out)."""
 
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
                 self.elements = max(self.elements, leaf.numel())
         return out
 
