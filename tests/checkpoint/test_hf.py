@@ -92,9 +92,9 @@ def test_names_are_those_of_the_released_files(tmp_path: Path, model: DeepSeekV3
     moe += [f"mlp.shared_experts.{part}" for part in swiglu]
     moe += [f"mlp.experts.{expert}.{part}" for expert in range(8) for part in swiglu]
     mtp = [
-        f"{part}.weight"
-        for part in "enorm hnorm eh_proj embed_tokens shared_head.norm shared_head.head".split()
-    ]
+        "enorm.weight", "hnorm.weight", "eh_proj.weight", "embed_tokens.weight", "shared_head.norm.weight",
+        "shared_head.head.weight",
+    ]  # fmt: skip
     wanted = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     for index, parts in enumerate([layer + dense, layer + moe, layer + moe, layer + moe + mtp]):
         wanted |= {f"model.layers.{index}.{part}" for part in parts}

@@ -66,9 +66,11 @@ def write(
     and nothing half written remains.
     """
     folder = Path(folder)
-    target = folder.with_name(f"{TEMPORARY}new-{folder.name}") if folder.exists() else folder
+    target = folder
+    if folder.exists():
+        target = folder.with_name(f"{TEMPORARY}new-{folder.name}")
+        shutil.rmtree(target, ignore_errors=True)  # a killed writer's
     with writing(folder):
-        shutil.rmtree(target, ignore_errors=True)  # when it exists, left behind by a run that was killed
         with new_folder(target) as temporary:
             digests = save_into(model, temporary, tokenizer_files=tokenizer_files)
             (temporary / "trainer").mkdir()
@@ -95,7 +97,11 @@ def verify(folder: str | Path) -> None:
     """Read every file and compare it with the manifest; raises :class:`DamagedCheckpoint` naming one."""
     folder = Path(folder)
     for name, facts in _check_sizes(folder).items():
-        if sha256(folder / name) != facts["sha256"]:
+        try:
+            sound = sha256(folder / name) == facts["sha256"]
+        except OSError as error:  # a dying disk refuses to give what it holds
+            raise DamagedCheckpoint(f"{folder / name} cannot be read: {error.strerror}") from None
+        if not sound:
             raise DamagedCheckpoint(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
@@ -147,11 +153,12 @@ def keep_last(checkpoints: str | Path, count: int) -> None:
     if count < 1:
         raise UserError(f"the number of checkpoints to keep ({count}) must be at least 1")
     kept = 0
-    for folder in steps(checkpoints):
-        if kept >= count:
-            _aside(folder)
-        elif _sound_sizes(folder):
-            kept += 1
+    with writing(Path(checkpoints)):
+        for folder in steps(checkpoints):
+            if kept >= count:
+                _aside(folder)
+            elif _sound_sizes(folder):
+                kept += 1
     for left in Path(checkpoints).glob(f"{TEMPORARY}*"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -181,6 +188,8 @@ def _check_sizes(folder: Path) -> dict[str, dict[str, Any]]:
         sizes = {name: (facts["bytes"], facts["sha256"])[0] for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{manifest} is missing or damaged ({type(error).__name__})") from None
+    if not {STATE, OPTIMIZER, "config.json"} <= set(files):
+        raise DamagedCheckpoint(f"{manifest} does not list a whole checkpoint")
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
