@@ -161,12 +161,34 @@ def test_config_keys_survive(tmp_path: Path, model: DeepSeekV3) -> None:
         tmp_path / "a", pretraining_tp=1, ep_size=1, my_note={"a": [1, 2]}, auto_map={"AutoModel": "evil.py"},
         dtype="float16",
     )  # fmt: skip
-    back = load(tmp_path / "a")
-    save(back, tmp_path / "b")
-    tree = json.loads((tmp_path / "b" / "config.json").read_text())
-    assert tree["my_note"] == {"a": [1, 2]} and tree["ep_size"] == 1 and tree["pretraining_tp"] == 1
-    # What is not true of the new folder stays behind: code that is not there, another dtype.
-    assert "auto_map" not in tree and "dtype" not in tree and tree["torch_dtype"] == "float32"
+    save(load(tmp_path / "a"), tmp_path / "b")
+    save(DeepSeekV3(ModelConfig.from_pretrained(tmp_path / "a")), tmp_path / "c")
+    for folder in ("b", "c"):
+        tree = json.loads((tmp_path / folder / "config.json").read_text())
+        assert tree["my_note"] == {"a": [1, 2]} and tree["ep_size"] == 1 and tree["pretraining_tp"] == 1
+        # What is not true of the new folder stays behind: code that is not there, another dtype.
+        assert "auto_map" not in tree and "dtype" not in tree and tree["torch_dtype"] == "float32"
+
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    ("rope_scaling", 3), ("rope_scaling", "yarn"), ("rope_parameters", [1]), ("eos_token_id", []),
+    ("hidden_size", "wide"), ("n_group", None), ("num_nextn_predict_layers", 99), ("model_type", "llama"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=str)
+def test_configuration_that_makes_no_sense(tmp_path: Path, model: DeepSeekV3, key: str, value: Any) -> None:
+    save(model, tmp_path / "a")
+    _configure(tmp_path / "a", **{key: value})
+    with pytest.raises(UserError, match=key):
+        load(tmp_path / "a")
+
+
+def test_null_means_none_of_them(tmp_path: Path) -> None:
+    model = random_model(n_shared_experts=0, num_nextn_predict_layers=0)
+    save(model, tmp_path / "a")
+    _configure(tmp_path / "a", n_shared_experts=None, num_nextn_predict_layers=None)
+    assert same(load(tmp_path / "a"), model)
 
 
 def test_config_says_what_other_readers_need(tmp_path: Path) -> None:
@@ -448,14 +470,17 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: DeepSeekV3) -> None:
         load(tmp_path / "a", dtype="bfloat")
     with pytest.raises(UserError, match=r"dtype \(torch\.int8\)"):
         load(tmp_path / "a", dtype=torch.int8)
-    for device in ("nonsense", "meta:x"):
+    for device in ("nonsense", "cuda:x", "meta"):
         with pytest.raises(UserError, match=f"device \\('{device}'\\)"):
             load(tmp_path / "a", device=device)
     _configure(tmp_path / "a", quantization_config={"quant_method": "awq"})
-    with pytest.raises(UserError, match=r"quant_method 'awq'"):
+    with pytest.raises(UserError, match=r"quant_method': 'awq'"):
         load(tmp_path / "a")
     _configure(tmp_path / "a", quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
-    with pytest.raises(UserError, match=r"weight_block_size \[64, 64\]"):
+    with pytest.raises(UserError, match=r"weight_block_size': \[64, 64\]"):
+        load(tmp_path / "a")
+    _configure(tmp_path / "a", quantization_config="int3")
+    with pytest.raises(UserError, match=r"quantization_config \(int3\)"):
         load(tmp_path / "a")
 
 

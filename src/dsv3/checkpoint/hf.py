@@ -325,13 +325,14 @@ def _config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the folder of a Hugging Face checkpoint")
     config = ModelConfig.from_pretrained(folder)
-    stored = config.extra.get("quantization_config") or {}
-    block = stored.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
-    if stored and (stored.get("quant_method") != "fp8" or block != [FP8_BLOCK, FP8_BLOCK]):
-        raise UserError(
-            f"{path}: quantization_config (quant_method {stored.get('quant_method')!r}, weight_block_size"
-            f" {block}) is not supported; only 'fp8' with blocks of {FP8_BLOCK} x {FP8_BLOCK} is"
-        )
+    stored = config.extra.get("quantization_config")
+    if stored:
+        facts = stored if isinstance(stored, dict) else {}
+        method, blocks = facts.get("quant_method"), [FP8_BLOCK, FP8_BLOCK]
+        if method != "fp8" or facts.get("weight_block_size", blocks) != blocks:
+            raise UserError(
+                f"{path}: quantization_config ({stored}) is not supported; only fp8 in {blocks} is"
+            )
     extra = {key: value for key, value in config.extra.items() if key not in _OF_THE_FOLDER}
     return config.model_copy(update={"extra": extra})
 
@@ -357,6 +358,9 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _device(device: torch.device | str) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device ({str(device)!r}) cannot be used: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise UserError("device ('meta') holds no weights; make the bare model under torch.device('meta')")
+    return found

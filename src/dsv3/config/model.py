@@ -155,7 +155,7 @@ class ModelConfig(Recipe):
                 f"num_key_value_heads ({heads}) must equal num_attention_heads: MLA shares one latent"
             )
         tree.update(_read_rope(tree))
-        if isinstance(tree.get("eos_token_id"), list):
+        if isinstance(tree.get("eos_token_id"), list) and tree["eos_token_id"]:
             tree["eos_token_id"] = tree["eos_token_id"][0]
         if "num_mtp_layers" in tree and "num_nextn_predict_layers" not in tree:
             tree["num_nextn_predict_layers"] = tree["num_mtp_layers"]
@@ -168,6 +168,9 @@ class ModelConfig(Recipe):
         named = {key: tree[key] for key in known if key in tree}
         if named.get("n_routed_experts", 0) is None:  # a dense model writes null
             named.pop("n_routed_experts")
+        for key in ("n_shared_experts", "num_nextn_predict_layers"):
+            if named.get(key, 0) is None:  # null: none of them
+                named[key] = 0
         return validate(cls, {**named, "extra": extra})
 
     @classmethod
@@ -224,6 +227,9 @@ _DERIVED = {
 
 def _read_rope(tree: dict[str, Any]) -> dict[str, Any]:
     """``rope_theta`` and ``rope_scaling`` from either style of ``config.json``."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(tree.get(key) or {}, dict):
+            raise UserError(f"{key} ({tree[key]!r}) must be a map or null")
     style = tree.get("rope_parameters") or {}
     found: dict[str, Any] = {}
     if "rope_theta" in style or "rope_theta" in tree:
