@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -73,6 +73,8 @@ def test_plain_frequencies() -> None:
     mscale=st.sampled_from([0.0, 0.7, 1.0]),
     mscale_all_dim=st.sampled_from([0.0, 0.7, 1.0]),
 )
+@example(40.0, 32768, 8, 1e4, 32.0, 1.0, 1.0, 1.0)  # the ramp ends beyond the last pair
+@example(40.0, 64, 8, 1e4, 32.0, 1.0, 1.0, 1.0)  # the ramp begins before the first
 def test_yarn_frequencies_are_those_of_transformers(
     factor: float, original: int, width: int, theta: float, beta_fast: float, beta_slow: float,
     mscale: float, mscale_all_dim: float,
