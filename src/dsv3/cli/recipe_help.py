@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 import typer.core
 
@@ -22,8 +22,12 @@ def describe(cls: type[Recipe]) -> str:
 
     from dsv3.config.recipe import keys
 
+    lists = [name for name, field in cls.model_fields.items() if get_origin(field.annotation) is list]
     lines = []
     for key, (kind, meaning, default) in keys(cls).items():
+        head, dot, rest = key.partition(".")
+        if dot and head in lists:
+            key = f"{head}[].{rest}"  # an entry of a list of sections
         if default is ...:
             value = "required"
         else:
@@ -47,7 +51,9 @@ def command(recipe_class: Callable[[], type[Recipe]]) -> type[typer.core.TyperCo
     class WithKeys(typer.core.TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             super().format_help(ctx, formatter)
-            formatter.write("\nRecipe keys (in the YAML file, or on the command line as --key VALUE):\n\n")
+            formatter.write(
+                "\nRecipe keys (in the file, or as --key VALUE; entries of a list [] in the file only):\n\n"
+            )
             formatter.write(describe(recipe_class()) + "\n")
 
     return WithKeys
