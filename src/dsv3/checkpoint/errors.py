@@ -7,12 +7,12 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv3.common.errors import UserError
+from dsv3.common.errors import Failure
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class CheckpointError(UserError):
+class CheckpointError(Failure):
     """A checkpoint could not be written: what failed, where, and the way out."""
 
 

@@ -1,0 +1,41 @@
+# dsv3: every target does its own set-up. A machine with a GPU: make quickstart TORCH=torch==2.11.0
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help quickstart test test-all lint format clean
+
+help:            ## what there is to make
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 16
+
+# torch first and alone: a CPU machine then never draws CUDA packages through somebody's dependency.
+$(VENV)/ready: pyproject.toml requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dsv3 needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+quickstart: $(VENV)/ready   ## train a tiny model, sample from it, draw the pictures (under 10 minutes on 2 cores)
+	$(BIN)/dsv3 quickstart
+
+test: $(VENV)/ready         ## the test suite
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/ready     ## also the slow, GPU and network tests
+	$(BIN)/python -m pytest -m ''
+
+lint: $(VENV)/ready         ## ruff, mypy, and DESIGN's floors
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/ready       ## put the code into its form
+	$(BIN)/ruff check --fix --quiet src tests
+	$(BIN)/ruff format --quiet src tests
+
+clean:           ## remove the environment and caches (runs/ and data/ stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
