@@ -115,10 +115,12 @@ def test_refusals(registry: Path, change: dict, message: str) -> None:
 def test_sdists_are_not_taken(registry: Path) -> None:
     """pip would run a source archive's setup.py to learn its name: we never let it have one."""
     ran = registry / "ran"
+    project = b'[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     make_tgz(
         registry / "wheels" / "src-1.0.tar.gz",
         {
-            "src-1.0/setup.py": f"open({str(ran)!r}, 'w')".encode(),
+            "src-1.0/pyproject.toml": project,
+            "src-1.0/backend.py": f"open({str(ran)!r}, 'w')".encode(),
             "src-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: src\nVersion: 1.0\n",
         },
     )
