@@ -30,6 +30,8 @@ def recipe(tmp_path: Path) -> Path:
         "valid_fraction": 0.2,
         "workers": 1,
     }
+    manifest = Path(__file__).parents[2] / "recipes" / "manifest-kjv.yaml"
+    (tmp_path / "manifest.yaml").write_text(manifest.read_text())
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -69,6 +71,11 @@ def test_tokenizer_train_then_prepare(recipe: Path) -> None:
         (["data", "prepare", "recipe.yaml", "stray"], "unexpected argument 'stray'"),
         (["data", "prepare", "recipe.yaml", "--fim_rate", "lots"], "fim_rate ('lots')"),
         (["data", "fetch", "recipe.yaml", "--to", "x"], "unknown key out"),
+        (
+            ["tokenizer", "train", "recipe.yaml", "--to", "/dev/null/x"],
+            "--to (/dev/null/x) cannot be",
+        ),
+        (["data", "fetch", "manifest.yaml", "--to", "/dev/null/x"], "--to (/dev/null/x) cannot be"),
         (["tokenizer", "train", "recipe.yaml", "--to", "x", "--tokenizer.path", "y"], "nothing to train"),
     ],
 )
@@ -77,7 +84,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(recipe: Path, arguments: list[str
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
-    assert sorted(p.name for p in recipe.parent.iterdir()) == ["recipe.yaml", "texts"]
+    assert sorted(p.name for p in recipe.parent.iterdir()) == ["manifest.yaml", "recipe.yaml", "texts"]
 
 
 def test_help_shows_every_key() -> None:

@@ -291,6 +291,17 @@ def missing_evaluation(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["decontaminate"] = [str(tmp_path / "nowhere.jsonl")]
 
 
+def plain_tokenizer(tree: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "tok" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if "fim" not in token["content"]]
+    path.write_text(json.dumps(content))
+
+
+def not_writable(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["out"] = "/dev/null/out"
+
+
 def all_duplicates(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["sources"][1]["paths"] = [str(tmp_path / "a")]
 
@@ -307,6 +318,8 @@ def all_duplicates(tree: dict[str, Any], tmp_path: Path) -> None:
         (a_file, "is not a folder"),
         (missing_path, "source b: .*nowhere does not exist"),
         (missing_tokenizer, "tokenizer .*nowhere does not exist"),
+        (plain_tokenizer, "no special token fim_begin .* or set fim_rate to 0"),
+        (not_writable, r"out \(/dev/null/out\) cannot be written: .* choose another"),
         (missing_evaluation, "decontaminate: .*nowhere.jsonl does not exist"),
         (all_duplicates, r"source b has no training document left .*'duplicate': 300"),
     ],
@@ -330,7 +343,7 @@ def test_too_little_disk(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_two_at_once(tree: dict[str, Any]) -> None:
-    from dsv3.data.prepare import _lock
+    from dsv3.data.folder import lock
 
-    with _lock(Path(tree["out"])), pytest.raises(UserError, match="being written by another"):
+    with lock(Path(tree["out"])), pytest.raises(UserError, match="being written by another"):
         prepare(recipe(tree))

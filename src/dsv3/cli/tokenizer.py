@@ -37,6 +37,7 @@ def train(
     from dsv3.config.data import DataRecipe
     from dsv3.config.recipe import load
     from dsv3.data.prepare import train_tokenizer
+    from dsv3.data.writable import writable
 
     loaded = load(DataRecipe, recipe, ctx.args)
     if (to / "tokenizer.json").exists():
@@ -45,6 +46,7 @@ def train(
         raise UserError(
             f"tokenizer.path ({loaded.tokenizer.path}) is set, so there is nothing to train: remove it"
         )
+    writable(to, "--to")
     tokenizer = train_tokenizer(loaded)
     tokenizer.save(to)
     typer.echo(f"{to}/tokenizer.json: {tokenizer.vocab_size} tokens")

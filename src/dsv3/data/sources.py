@@ -65,6 +65,8 @@ class _Found:
     files: list[tuple[str, str, int]] = field(default_factory=list)
 
     def add(self, path: Path, origin: str) -> None:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} cannot be read: change its permissions or take it out of the source")
         self.files.append((str(path), origin, path.stat().st_size))
 
 
@@ -279,6 +281,8 @@ def _documents(part: Part, source: SourceConfig, skipped: Skipped) -> Iterator[D
                 yield Document(Path(path).read_bytes().decode("utf-8-sig"), origin)
             except UnicodeDecodeError:
                 skipped.not_utf8 += 1
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}; run again without it") from None
 
 
 def read(part: Part, source: SourceConfig, skipped: Skipped) -> Iterator[Document]:
