@@ -190,6 +190,28 @@ def test_killed_and_continued(tmp_path: Path, tokenizer: Tokenizer, stage: str) 
     assert contents(tmp_path / "out") == contents(clean)
 
 
+def test_ctrl_c_ends_at_once_and_quietly(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_documents(tmp_path / "a", 2000, words=400)
+    tokenizer.save(tmp_path / "tok")
+    command = [sys.executable, "-m", "dsv3", "data", "prepare", str(tmp_path / "recipe.yaml")]
+    tree = {
+        "out": str(tmp_path / "out"),
+        "sources": [{"name": "a", "paths": [str(tmp_path / "a")]}],
+        "tokenizer": {"path": str(tmp_path / "tok")},
+        "shard_bytes": 100_000,
+        "workers": 2,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "out" / "work").glob("bucket-*")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+
+
 def test_a_damaged_finished_shard_is_made_again(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -144,8 +145,9 @@ def _tokenizer(recipe: DataRecipe, parts: list[Part]) -> None:
 
 
 def _follow_parent() -> None:
-    """In a worker: die with the parent, even one killed by SIGKILL; leave the cores to the other workers."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """In a worker: die with the parent, even one killed by SIGKILL; Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
     parent = multiprocessing.parent_process()
     if parent is not None:
 
@@ -164,7 +166,8 @@ def _run(work: Callable[[J], dict], jobs: Sequence[J], workers: int) -> Iterator
             yield job, work(job)
         return
     context = multiprocessing.get_context("spawn")  # a forked tokenizer may deadlock
-    pool = ProcessPoolExecutor(workers, context, _follow_parent)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
     try:
         futures = {pool.submit(work, job): job for job in jobs}
         for future in as_completed(futures):
@@ -174,6 +177,12 @@ def _run(work: Callable[[J], dict], jobs: Sequence[J], workers: int) -> Iterator
             "a worker process died (out of memory?): lower workers or shard_bytes; the same command goes on"
             " from here"
         ) from None
+    except (
+        BaseException
+    ):  # a failed job or Ctrl-C: nobody waits for the rest, and nothing half written counts
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

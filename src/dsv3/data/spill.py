@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -67,8 +67,8 @@ def done(folder: Path, number: int) -> dict | None:
     return content if data.is_file() and data.stat().st_size == content["size"] else None
 
 
-def spill(job: SpillJob, advance: Callable[[int], None] = lambda size: None) -> dict:
-    """Read one part and write its spill file; returns its index. ``advance`` hears of bytes of text read.
+def spill(job: SpillJob) -> dict:
+    """Read one part and write its spill file; returns its index.
 
     The index: ``blocks`` (bucket, offset, bytes), ``documents`` and ``text_bytes`` kept, what was dropped.
     """
@@ -82,7 +82,6 @@ def spill(job: SpillJob, advance: Callable[[int], None] = lambda size: None) -> 
     with open(temporary, "wb") as file:
         for number, document in enumerate(read(job.part, job.source, skipped)):
             raw, origin = document.text.encode(), document.origin.encode(errors="replace")
-            advance(len(raw))
             if check is not None and check.contaminated(document.text):
                 contaminated += 1
                 continue
