@@ -145,8 +145,7 @@ def _tokenizer(recipe: DataRecipe, parts: list[Part]) -> None:
 
 
 def _follow_parent() -> None:
-    """In a worker: die with the parent, even one killed by SIGKILL; Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker: die with the parent, even one killed by SIGKILL."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers of their own
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -169,7 +168,12 @@ def _run(work: Callable[[J], dict], jobs: Sequence[J], workers: int) -> Iterator
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
     try:
-        futures = {pool.submit(work, job): job for job in jobs}
+        # Workers start here and inherit the mask: Ctrl-C is the parent's business, which kills them below.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures = {pool.submit(work, job): job for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
