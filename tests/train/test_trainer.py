@@ -14,15 +14,17 @@ import dsv3
 from dsv3.common.errors import UserError
 from dsv3.config.train import PretrainRecipe
 from dsv3.data.loader import TokenLoader
+from dsv3.data.shards import open_split
 from dsv3.train.optimizer import build
-from dsv3.train.pretrain import _folder, make_model, pretrain
+from dsv3.train.pretrain import make_model, pretrain
 from dsv3.train.run import read_lines
 from dsv3.train.trainer import Callback, StepReport, Trainer, TrainingFailed
 
 
 def trainer_of(recipe: PretrainRecipe, *callbacks: Callback) -> Trainer:
     model = make_model(recipe, torch.device("cpu"))
-    loader = TokenLoader(_folder(Path(recipe.data.path), "train"), recipe.sequence_length, 2, recipe.seed)
+    sources = [(shards, weight) for _, shards, weight in open_split(recipe.data.path, "train")]
+    loader = TokenLoader(sources, recipe.sequence_length, 2, recipe.seed)
     return Trainer(recipe, model, loader, build(model, recipe.optimizer), callbacks)
 
 
@@ -170,7 +172,7 @@ def test_bf16_trains_on_fp32_master_weights(make_recipe) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": {"path": "/nowhere"}}, "data.path .*dsv3 data prepare"),
+        ({"data": {"path": "/nowhere"}}, "holds no prepared data.*dsv3 data prepare"),
         ({"device": "tpu9"}, "device .tpu9. is unknown"),
         ({"model": {"vocab_size": 256}}, "model.vocab_size .256. is below the tokenizer's 350 .*384"),
     ],

@@ -6,6 +6,7 @@ Shapes: T time, P pairs (half the rope width), ... any leading dimensions.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,11 +50,36 @@ def rotations(positions: Tensor, frequency_P: Tensor, factor: float) -> Tensor:
     return torch.stack((angle.cos() * factor, angle.sin() * factor), dim=-1)
 
 
+def rotate_reference(x: Tensor, rotation: Tensor) -> Tensor:
+    """The specification of :func:`rotate`."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation.to(x.dtype).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+class _Rotate(torch.autograd.Function):
+    """A pair is a complex number and a rotation a product: one pass forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
+        turn = torch.view_as_complex(rotation.to(x.dtype))
+        ctx.save_for_backward(turn)
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (turn,) = ctx.saved_tensors
+        pairs = torch.view_as_complex(grad.contiguous().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn.conj()).flatten(-2), None
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn interleaved pairs ``(x0, x1), (x2, x3), ...`` of ``x [..., 2P]`` by ``rotation [..., P, 2]``.
 
     ``rotation`` broadcasts against the leading dimensions of ``x``; the result has ``x``'s dtype.
     """
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation.to(x.dtype).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    exact = x.dtype in (torch.float32, torch.float64)
+    even_strides = x.stride(-1) == 1 and all(s % 2 == 0 for s in (*x.stride()[:-1], x.storage_offset()))
+    if exact and even_strides and not torch.compiler.is_compiling():
+        return _Rotate.apply(x, rotation)
+    return rotate_reference(x, rotation)

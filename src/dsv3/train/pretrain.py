@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from dsv3.checkpoint.hf import save
 from dsv3.common.errors import UserError
 from dsv3.config.train import PretrainRecipe, check_vocabulary
 from dsv3.data.loader import TokenLoader
-from dsv3.data.shards import TokenShards
+from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
 from dsv3.train import recompute
@@ -42,15 +41,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _folder(path: Path, split: str) -> list[tuple[TokenShards, float]]:
-    """The prepared sources of one split with their weights."""
-    manifest = path / "manifest.json"
-    if not manifest.is_file():
-        raise UserError(f"data.path ({path}) holds no prepared data: run `dsv3 data prepare` first")
-    sources = json.loads(manifest.read_text(encoding="utf-8"))["sources"]
-    return [(TokenShards(path / split / name), float(info["weight"])) for name, info in sources.items()]
-
-
 def make_model(recipe: PretrainRecipe, device: torch.device) -> DeepSeekV3:
     """The model of a recipe with its initial weights, precision, recompute and compilation."""
     with torch.device(device):
@@ -74,7 +64,9 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
     """
     device = choose_device(recipe.device)
     data = Path(recipe.data.path)
-    train, valid = _folder(data, "train"), _folder(data, "valid")
+    train, valid = (
+        [(shards, weight) for _, shards, weight in open_split(data, s)] for s in ("train", "valid")
+    )
     tokenizer = Tokenizer.load(data)
     check_vocabulary(recipe.model, tokenizer.vocab_size)
     length, extra = recipe.sequence_length, 1 + recipe.model.num_nextn_predict_layers

@@ -18,6 +18,7 @@ from dsv3.model.layer import DecoderLayer
 
 # Attention itself is kept: its output is one tensor a layer, making it again is the dearest part.
 _KEPT = {
+    torch.ops.dsv3.causal_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
