@@ -24,7 +24,7 @@ from dsv3.evaluate.sample import complete
 from dsv3.train.pretrain import pretrain
 
 RECIPES = Path("recipes")
-PROMPTS = ("def __init__(self, ", "import os\n", "And the LORD said unto Moses, ")
+PROMPTS = ("def __init__(self", "import os\n", "And the LORD said unto Moses,")
 HOLE = ("def mean(values):\n    total = ", "\n    return total / len(values)\n")  # fill in the middle
 
 
@@ -103,7 +103,7 @@ def report(out: Path, data: Path, recipe: PretrainRecipe) -> str:
         "",
         "Next:",
         f"  dsv3 generate {out / 'model'} --prompt 'class Stack:' --temperature 0.7",
-        "  dsv3 pretrain recipes/pretrain-tiny.yaml --total_tokens 20e6   a better model, in an hour or so",
-        "  dsv3 plan params v3-671b                                       what the real one holds",
+        "  dsv3 pretrain recipes/pretrain-tiny.yaml --total_tokens 10e6   # a better model, in about an hour",
+        "  dsv3 plan params v3-671b                                       # what the real one holds",
     ]
     return "\n".join(lines)

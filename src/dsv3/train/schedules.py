@@ -37,10 +37,10 @@ class Schedules:
         return factor(segments, tokens / self.unit)
 
     def sequences(self, tokens: float) -> int:
-        """Sequences of the step, a multiple of the micro batch, at least one."""
+        """Sequences of the step: whole micro batches, or less than one where the ramp begins."""
         micro = self.recipe.batch.micro_sequences
-        wanted = self.recipe.batch.sequences * self._at(self.recipe.schedule.batch, tokens)
-        return max(micro, int(wanted / micro + 1e-9) * micro)
+        wanted = int(self.recipe.batch.sequences * self._at(self.recipe.schedule.batch, tokens) + 1e-9)
+        return max(1, wanted) if wanted < micro else wanted // micro * micro
 
     def learning_rate(self, tokens: float) -> float:
         """Learning rate of the step: during warm-up that of the step's end, so that the first is not zero."""

@@ -174,7 +174,8 @@ class Trainer:
         """Gradients of the whole step's batch, one micro batch at a time."""
         micro, length = self.recipe.batch.micro_sequences, self.recipe.sequence_length
         batches = [
-            self.loader.batch(self.state.samples + first, micro) for first in range(0, sequences, micro)
+            self.loader.batch(self.state.samples + first, min(micro, sequences))
+            for first in range(0, sequences, micro)
         ]
         depths = 1 + len(self.model.mtp_modules)
         counts = [

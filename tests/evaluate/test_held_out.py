@@ -1,0 +1,69 @@
+"""Bits per byte, acceptance and the baselines against values worked out by hand or from full logits."""
+
+from __future__ import annotations
+
+import lzma
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsv3.config.model import ModelConfig
+from dsv3.evaluate.held_out import evaluate, total_loss, unigram_bits_per_byte, xz_bits_per_byte
+from dsv3.model import DeepSeekV3
+from tests.train.conftest import MODEL
+
+ROWS = torch.randint(0, 384, (5, 19), generator=torch.Generator().manual_seed(2))
+LENGTHS = torch.arange(384) % 4
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepSeekV3:
+    return DeepSeekV3(
+        ModelConfig(**{**MODEL, "num_nextn_predict_layers": 2, "initializer_range": 0.3})
+    ).eval()
+
+
+def test_loss_and_bits_per_byte_are_those_of_the_logits(model: DeepSeekV3) -> None:
+    found = evaluate(model, ROWS, LENGTHS, length=16, batch=2)
+    with torch.no_grad():
+        logits = model(ROWS[:, :16]).logits_BTV
+    nats = F.cross_entropy(logits.flatten(0, 1), ROWS[:, 1:17].flatten(), reduction="sum")
+    assert found.loss == pytest.approx(float(nats) / 80, rel=1e-5)
+    size = int(LENGTHS[ROWS[:, 1:17]].sum())
+    assert found.bits_per_byte == pytest.approx(float(nats) / math.log(2) / size, rel=1e-5)
+
+
+def test_acceptance_compares_the_draft_with_the_models_own_choice(model: DeepSeekV3) -> None:
+    found = evaluate(model, ROWS, LENGTHS, length=16)
+    with torch.no_grad():
+        output = model(ROWS[:, :16])
+    own = output.logits_BTV.argmax(-1)
+    for depth, logits in enumerate(output.mtp_logits, start=1):
+        draft = logits.argmax(
+            -1
+        )  # at i: the token at i + depth + 1, which the main model chooses at i + depth
+        agree = [bool(draft[row, i] == own[row, i + depth]) for row in range(5) for i in range(16 - depth)]
+        assert found.acceptance[depth - 1] == pytest.approx(sum(agree) / len(agree))
+
+
+def test_total_loss_reads_every_token_once(model: DeepSeekV3) -> None:
+    ids = ROWS[0].tolist()
+    with torch.no_grad():
+        wanted = sum(
+            float(
+                F.cross_entropy(
+                    model(ROWS[:1, start:stop]).logits_BTV[0], ROWS[0, start + 1 : stop + 1], reduction="sum"
+                )
+            )
+            for start, stop in ((0, 8), (8, 16), (16, 18))
+        )
+    assert total_loss(model, ids, length=8) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_baselines() -> None:
+    assert unigram_bits_per_byte(b"ab" * 1000, b"abab") == pytest.approx(-math.log2(1001 / 2256))
+    assert unigram_bits_per_byte(b"", b"xyz") == pytest.approx(8)
+    text = b"the same line again\n" * 50
+    assert xz_bits_per_byte(text) == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text))
