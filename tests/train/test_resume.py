@@ -176,3 +176,23 @@ def test_another_model_is_not_resumed(recipe_tree: dict, tmp_path: Path) -> None
 def test_resume_auto_begins_where_there_is_nothing(recipe_tree: dict, tmp_path: Path) -> None:
     tree = {**recipe_tree, "out": str(tmp_path / "run"), "total_tokens": 2 * 8 * 32}
     assert (pretrain(recipes.validate(PretrainRecipe, tree), "auto") / "model").exists()
+
+
+def test_a_longer_run_goes_on_and_its_model_takes_the_place(recipe_tree: dict, tmp_path: Path) -> None:
+    tree = {**recipe_tree, "out": str(tmp_path / "run")}
+    out = pretrain(recipes.validate(PretrainRecipe, {**tree, "total_tokens": 2 * 8 * 32}))
+    short = tensors_of(out / "model")
+    pretrain(recipes.validate(PretrainRecipe, {**tree, "total_tokens": 4 * 8 * 32}), "auto")
+    long = tensors_of(out / "model")
+    assert not torch.equal(short["lm_head.weight"], long["lm_head.weight"])
+    assert same(out / "model", out / "checkpoints/step-000004")
+    assert (out / "model/tokenizer.json").exists()
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_written(
+    recipe_tree: dict, tmp_path: Path
+) -> None:
+    recipe = recipes.validate(PretrainRecipe, {**recipe_tree, "out": str(tmp_path / "run")})
+    with pytest.raises(UserError, match="step-9"):
+        pretrain(recipe, str(tmp_path / "step-9"))
+    assert not (tmp_path / "run").exists()

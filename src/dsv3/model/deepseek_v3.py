@@ -69,7 +69,7 @@ class DeepSeekV3(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Draw the initial weights (report 4.2), the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
@@ -77,7 +77,7 @@ class DeepSeekV3(nn.Module):
                 module.e_score_correction_bias.zero_()
         for parameter in self.parameters():
             if parameter.dim() > 1:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 parameter.copy_(drawn.normal_(0.0, self.config.initializer_range, generator=generator))
 
     @property

@@ -92,12 +92,14 @@ def load_state_tensors(
         }
         if not state:
             continue
-        wanted = torch.bfloat16 if isinstance(optimizer, AdamWBF16Moments) else parameter.dtype
+        ours = isinstance(optimizer, AdamWBF16Moments)
+        wanted = torch.bfloat16 if ours else parameter.dtype
         if state["exp_avg"].dtype != wanted:
             held = "bf16" if state["exp_avg"].dtype == torch.bfloat16 else "fp32"
             raise UserError(f"the checkpoint holds {held} moments; resume with --optimizer.moments {held}")
         optimizer.state[parameter] = {
-            "step": state["step"].clone(),  # the fused kernel wants it on the parameter's device
+            # torch's fused kernel reads the count on the parameter's device, ours on the host
+            "step": state["step"].clone() if ours else state["step"].to(parameter.device, copy=True),
             "exp_avg": state["exp_avg"].to(parameter.device),
             "exp_avg_sq": state["exp_avg_sq"].to(parameter.device),
         }

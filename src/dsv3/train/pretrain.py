@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 
 from dsv3.checkpoint import run as checkpoints
-from dsv3.checkpoint.hf import save
+from dsv3.checkpoint.hf import save, tokenizer_files
 from dsv3.common.errors import UserError
+from dsv3.common.files import TEMPORARY
 from dsv3.config.train import PretrainRecipe, check_vocabulary
 from dsv3.data.loader import TokenLoader
 from dsv3.data.shards import open_split
@@ -74,6 +76,10 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
     held_out = TokenLoader(valid, length, extra, seed=0)
     sequences = min(recipe.validation.sequences, sum(held_out.samples))
 
+    files = tokenizer_files(data)
+    if resume_from not in (None, "auto"):
+        checkpoints.verify(str(resume_from))  # before anything is written
+
     run = RunFolder(recipe.out)
     run.begin(recipe, resume=resume_from is not None)
     checkpoint = _find_checkpoint(run, resume_from)
@@ -87,7 +93,7 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
         ),
         Samples(run, tokenizer),
         *([EMA(recipe.ema.decay)] if recipe.ema.decay else []),
-        Checkpoints(run, tokenizer_files(data)),
+        Checkpoints(run, files),
         Plots(run),
     ]
     trainer = Trainer(recipe, model, loader, build(model, recipe.optimizer), callbacks)
@@ -99,20 +105,14 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
     if trainer.stopping:
         run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")
     else:
-        _export(trainer, run, tokenizer)
+        _export(trainer, run, files)
     return run.path
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """What a checkpoint takes along from prepared data so that it opens by itself."""
-    return [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := folder / name).is_file()]
 
 
 def _find_checkpoint(run: RunFolder, resume_from: str | None) -> Path | None:
     if resume_from is None:
         return None
     if resume_from != "auto":
-        checkpoints.verify(Path(resume_from))
         return Path(resume_from)
     found, messages = checkpoints.latest(run.checkpoints)
     for message in messages:
@@ -120,11 +120,14 @@ def _find_checkpoint(run: RunFolder, resume_from: str | None) -> Path | None:
     return found
 
 
-def _export(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer) -> None:
-    """The finished model as a Hugging Face folder, ``run/model``."""
-    target = run.path / "model"
+def _export(trainer: Trainer, run: RunFolder, files: list[Path]) -> None:
+    """The model as a Hugging Face folder, ``run/model``; one of a shorter run before gives way to it."""
+    target, fresh, old = (run.path / name for name in ("model", f"{TEMPORARY}model", f"{TEMPORARY}old-model"))
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    save(trainer.model, fresh, tokenizer_files=files)
     if target.exists():
-        return
-    save(trainer.model, target)
-    tokenizer.save(target)
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
     run.log(f"finished after {trainer.state.step} steps; the model is in {target}")

@@ -30,12 +30,14 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # drawn without pyplot: no global state, no window system
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.grid(True, color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 1.5M tokens
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -47,14 +49,15 @@ def draw_loss(steps: list[dict[str, Any]], checks: list[dict[str, Any]], path: P
     width = max(1, len(steps) // 50)
     left, right = axes[0]
     loss = _column(steps, "loss")
-    left.plot(tokens, loss, color="tab:blue", alpha=0.25, linewidth=0.8)
-    left.plot(tokens, _smooth(loss, width), color="tab:blue", label="next token")
+    left.plot(tokens, loss, color="C0", alpha=0.25, linewidth=0.8)
+    left.plot(tokens, _smooth(loss, width), color="C0", label="next token")
     depths = max((len(line["mtp_loss"]) for line in steps), default=0)
     for depth in range(depths):
         kept = [line for line in steps if len(line["mtp_loss"]) > depth]
         values = np.array([line["mtp_loss"][depth] for line in kept])
         name = "MTP" if depths == 1 else f"MTP depth {depth + 1}"
-        left.plot(_column(kept, "tokens"), _smooth(values, width), label=name, linewidth=1.2)
+        color = f"C{depth + 1}"
+        left.plot(_column(kept, "tokens"), _smooth(values, width), color, label=name, linewidth=1.2)
     left.set(xlabel="tokens", ylabel="training loss (nats a token)")
     left.legend(frameon=False)
     if checks:
