@@ -116,6 +116,9 @@ def test_the_run_folder(make_recipe) -> None:
     assert {json.loads(line)["step"] for line in (folder / "samples.jsonl").open()} == {5, 10, 12}
     model = dsv3.load(folder / "model")
     assert model.config == recipe.model.model_copy(update={"extra": model.config.extra})
+    average = dsv3.load(folder / "model-ema")
+    assert not torch.equal(average.lm_head.weight, model.lm_head.weight)
+    assert torch.allclose(average.lm_head.weight, model.lm_head.weight, atol=0.05)
     with pytest.raises(UserError, match="already holds a run: go on with --resume auto"):
         pretrain(recipe)
 

@@ -100,6 +100,7 @@ def check_out(out: Path, state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_disk(out: Path, parts: list[Part]) -> None:
+    """Refuse to begin when the disk has less room than the shards and their drafts will take."""
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     needed = int(DISK * sum(part.text_bytes for part in parts))

@@ -85,6 +85,7 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
     checkpoint = _find_checkpoint(run, resume_from)
 
     model = make_model(recipe, device)
+    ema = EMA(recipe.ema.decay) if recipe.ema.decay else None
     callbacks: list[Callback] = [
         Metrics(run),
         Watch(run),
@@ -92,7 +93,7 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
             run, held_out.batch(0, sequences).tokens_BT, torch.from_numpy(tokenizer.byte_lengths).long()
         ),
         Samples(run, tokenizer),
-        *([EMA(recipe.ema.decay)] if recipe.ema.decay else []),
+        *([ema] if ema is not None else []),
         Checkpoints(run, files),
         Plots(run),
     ]
@@ -105,7 +106,12 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
     if trainer.stopping:
         run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")
     else:
-        _export(trainer, run, files)
+        _export(model, run.path / "model", files)
+        run.log(f"finished after {trainer.state.step} steps; the model is in {run.path / 'model'}")
+        if ema is not None:
+            ema.load_into(model)
+            _export(model, run.path / "model-ema", files)
+            run.log(f"the moving average of its weights is in {run.path / 'model-ema'}")
     return run.path
 
 
@@ -120,14 +126,13 @@ def _find_checkpoint(run: RunFolder, resume_from: str | None) -> Path | None:
     return found
 
 
-def _export(trainer: Trainer, run: RunFolder, files: list[Path]) -> None:
-    """The model as a Hugging Face folder, ``run/model``; one of a shorter run before gives way to it."""
-    target, fresh, old = (run.path / name for name in ("model", f"{TEMPORARY}model", f"{TEMPORARY}old-model"))
+def _export(model: DeepSeekV3, target: Path, files: list[Path]) -> None:
+    """A Hugging Face folder of the finished model; one of a shorter run before gives way to it."""
+    fresh, old = (target.with_name(f"{TEMPORARY}{kind}-{target.name}") for kind in ("new", "old"))
     for left in (fresh, old):
         shutil.rmtree(left, ignore_errors=True)
-    save(trainer.model, fresh, tokenizer_files=files)
+    save(model, fresh, tokenizer_files=files)
     if target.exists():
         target.rename(old)
     fresh.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-    run.log(f"finished after {trainer.state.step} steps; the model is in {target}")

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from dsv3.model import DeepSeekV3
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
 PREFIX = "ema/"
@@ -59,6 +60,13 @@ class EMA(Callback):
         """Take it up again."""
         kept = {name.removeprefix(PREFIX): t for name, t in tensors.items() if name.startswith(PREFIX)}
         self.average = {name: value.clone() for name, value in kept.items()}
+
+    @torch.no_grad()
+    def load_into(self, model: DeepSeekV3) -> None:
+        """Put the average in place of the weights."""
+        self.wait()
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.average[name])
 
     def on_end(self, trainer: Trainer) -> None:
         """Finish the last update."""
