@@ -35,17 +35,22 @@ def test_loss_and_bits_per_byte_are_those_of_the_logits(model: DeepSeekV3) -> No
     assert found.bits_per_byte == pytest.approx(float(nats) / math.log(2) / size, rel=1e-5)
 
 
-def test_acceptance_compares_the_draft_with_the_models_own_choice(model: DeepSeekV3) -> None:
-    found = evaluate(model, ROWS, LENGTHS, length=16)
+def test_acceptance_compares_the_draft_with_the_models_own_choice() -> None:
+    config = ModelConfig(**{**MODEL, "num_nextn_predict_layers": 2, "initializer_range": 0.3})
+    model = DeepSeekV3(config).eval()
     with torch.no_grad():
+        model.lm_head.weight[3:] = 0.0
+        model.lm_head.weight[:3] *= 50  # three tokens are ever chosen, so that drafts agree now and then
         output = model(ROWS[:, :16])
+    found = evaluate(model, ROWS, LENGTHS, length=16)
     own = output.logits_BTV.argmax(-1)
     for depth, logits in enumerate(output.mtp_logits, start=1):
-        draft = logits.argmax(
-            -1
-        )  # at i: the token at i + depth + 1, which the main model chooses at i + depth
-        agree = [bool(draft[row, i] == own[row, i + depth]) for row in range(5) for i in range(16 - depth)]
-        assert found.acceptance[depth - 1] == pytest.approx(sum(agree) / len(agree))
+        draft = logits.argmax(-1)  # at i: the token at i + depth + 1, the main model's choice at i + depth
+        pairs = [(row, i) for row in range(5) for i in range(16 - depth)]
+        share = sum(bool(draft[row, i] == own[row, i + depth]) for row, i in pairs) / len(pairs)
+        astray = sum(bool(draft[row, i] == own[row, i]) for row, i in pairs) / len(pairs)
+        assert found.acceptance[depth - 1] == pytest.approx(share) != pytest.approx(astray)
+        assert 0 < share < 1
 
 
 def test_total_loss_reads_every_token_once(model: DeepSeekV3) -> None:

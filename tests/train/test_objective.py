@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from dsv3.config.model import ModelConfig
 from dsv3.model import DeepSeekV3
+from dsv3.ops import attention
 from dsv3.train import recompute
 from dsv3.train.objective import Share, labels, pretrain_loss, restarted_positions
 from tests.train.conftest import MODEL
@@ -97,3 +98,18 @@ def test_masked_documents_train_as_if_alone() -> None:
         logits = model(document[None, :-1]).logits_BTV[0]
         apart += float(F.cross_entropy(logits, document[1:], reduction="sum").detach())
     assert float(packed.main) == pytest.approx(apart, rel=1e-5)
+
+
+@pytest.mark.parametrize(("what", "times"), [("none", 1), ("report", 1), ("layer", 2)])
+def test_attention_runs_again_only_when_whole_layers_do(
+    monkeypatch: pytest.MonkeyPatch, what: str, times: int
+) -> None:
+    """The report's recompute makes norms and up-projections again, not the attention itself."""
+    made, weights = [], attention._weights
+    monkeypatch.setattr(attention, "_weights", lambda *inputs: made.append(1) or weights(*inputs))
+    model = DeepSeekV3(ModelConfig(**MODEL))
+    recompute.apply(model, what)  # type: ignore[arg-type]
+    loss, _ = pretrain_loss(model, TOKENS[:, :34], None, 32, Share([128] * 2, 4), 0.3)
+    assert len(made) == 4  # three layers and the MTP module
+    loss.backward()
+    assert len(made) == 4 * times + 4  # the backward of attention makes its weights again itself

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,23 @@ def test_the_run_folder(make_recipe) -> None:
         pretrain(recipe)
 
 
+def test_the_biases_move_once_a_step_by_the_load_of_the_whole_batch(make_recipe) -> None:
+    trainer = trainer_of(make_recipe(balance={"gamma": 0.01}, batch={"sequences": 8, "micro_sequences": 2}))
+    for layer, load in trainer.step().loads.items():
+        load = torch.tensor(load, dtype=torch.float32)
+        bias = trainer.model.moe_layers()[layer].gate.e_score_correction_bias
+        torch.testing.assert_close(bias, 0.01 * (load.mean() - load).sign())
+
+
 def test_ema_is_the_average_of_the_weights(make_recipe) -> None:
     from dsv3.train.callbacks.ema import EMA
 
-    ema = EMA(0.75)
+    class SlowEMA(EMA):
+        def _update(self, weights: dict[str, torch.Tensor]) -> None:
+            time.sleep(0.05)  # longer than a step: the optimizer has to wait for it
+            super()._update(weights)
+
+    ema = SlowEMA(0.75)
     seen: list[torch.Tensor] = []
 
     class Keep(Callback):
