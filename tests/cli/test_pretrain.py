@@ -61,6 +61,8 @@ def test_pretrain_then_generate(data: Path, tmp_path: Path) -> None:
         (["pretrain", "recipes/pretrain-tiny.yaml", "--optimiser.lr", "1"], "did you mean optimizer"),
         (["pretrain", "recipes/pretrain-tiny.yaml", "--optimizer.lr", "fast"], "optimizer.lr ('fast')"),
         (["pretrain", "recipes/pretrain-tiny.yaml", "--data.path", "nodata"], "dsv3 data prepare"),
+        (["pretrain", "recipes/pretrain-tiny.yaml", "--total_tokens"], "total_tokens (True): needs a number"),
+        (["pretrain", "recipes"], "recipe recipes is a folder"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere"),
         (["plan", "params", "v4"], "v4"),
         (["bench", "train", "--case", "tpu"], "--case (tpu) is unknown"),

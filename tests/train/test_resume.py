@@ -121,7 +121,7 @@ def test_sigterm_saves_and_exits_zero(recipe_tree: dict, unbroken: Path, tmp_pat
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0, text
-    assert "--resume auto" in text
+    assert f"Go on with: dsv3 pretrain {out}/recipe.yaml --resume auto" in text
     assert not (out / "model").exists()
     saved = json.loads(sorted(out.glob("checkpoints/step-*/trainer/state.json"))[-1].read_text())
     assert saved["progress"]["step"] == last_step(out)
@@ -184,6 +184,7 @@ def test_a_longer_run_goes_on_and_its_model_takes_the_place(recipe_tree: dict, t
     short = tensors_of(out / "model")
     pretrain(recipes.validate(PretrainRecipe, {**tree, "total_tokens": 4 * 8 * 32}), "auto")
     long = tensors_of(out / "model")
+    assert "changed since it was saved: total_tokens 512 -> 1024" in (out / "log.txt").read_text()
     assert not torch.equal(short["lm_head.weight"], long["lm_head.weight"])
     assert same(out / "model", out / "checkpoints/step-000004")
     assert (out / "model/tokenizer.json").exists()
@@ -193,6 +194,6 @@ def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_written(
     recipe_tree: dict, tmp_path: Path
 ) -> None:
     recipe = recipes.validate(PretrainRecipe, {**recipe_tree, "out": str(tmp_path / "run")})
-    with pytest.raises(UserError, match="step-9"):
+    with pytest.raises(UserError, match="is no checkpoint's folder"):
         pretrain(recipe, str(tmp_path / "step-9"))
     assert not (tmp_path / "run").exists()

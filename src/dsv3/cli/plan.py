@@ -52,7 +52,7 @@ def _print(model: str, found: dict[str, Any]) -> None:
         ("cache, BF16", f"{found['kv_bytes_per_token']:,} bytes a token"),
         (
             f"training, sequences of {found['seq_len_tokens']:,}",
-            f"{human(found['train_flops_per_token'])}FLOP a token"
+            f"{human(found['train_flops_per_token'])} FLOPs a token"
             f" ({human(found['train_flops_per_token_without_mtp'])} without MTP)",
         ),
     ]

@@ -33,20 +33,25 @@ def pretrain(
     from dsv3.config.recipe import load
     from dsv3.config.train import PretrainRecipe
     from dsv3.train.pretrain import pretrain as run
+    from dsv3.train.run import is_finished
 
     folder = run(load(PretrainRecipe, recipe, ctx.args), resume)
     model = folder / "model"
-    if model.exists():
+    if is_finished(folder):
         typer.echo(f"plots: {folder}/plots   metrics: {folder}/metrics.jsonl   model: {model}")
         typer.echo(f"next: dsv3 generate {model} --prompt 'def main('")
     else:
-        typer.echo(f"stopped; the checkpoint is saved. Go on with: dsv3 pretrain {recipe} --resume auto")
+        typer.echo(
+            f"stopped; the checkpoint is saved. Go on with: dsv3 pretrain {folder}/recipe.yaml --resume auto"
+        )
 
 
 @app.command()
 def quickstart(
     out: Path = typer.Option(Path("runs/quickstart"), "--out", help="run folder"),
-    total_tokens: float = typer.Option(None, "--total-tokens", help="tokens to train on; less is faster"),
+    total_tokens: float = typer.Option(
+        None, "--total-tokens", "--total_tokens", min=1, help="tokens to train on; less is faster"
+    ),
 ) -> None:
     """Train a tiny model on text Python already has, sample from it, draw the pictures."""
     from dsv3.train.quickstart import quickstart as run

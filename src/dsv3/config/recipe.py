@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticUndefined
 
 from dsv3.common.errors import UserError, nearest
@@ -25,6 +25,16 @@ class Recipe(BaseModel):
 
     # Keys that stand for others (``preset``), with their description; :meth:`expand` replaces them.
     shorthand: ClassVar[dict[str, str]] = {}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """``--total_tokens`` without a value is ``true``, and Python would take that for 1."""
+        if isinstance(value, bool) and info.field_name is not None:
+            kinds = cls.model_fields[info.field_name].annotation
+            if bool not in (kinds, *get_args(kinds)) and {int, float} & {kinds, *get_args(kinds)}:
+                raise ValueError("needs a number")
+        return value
 
     @classmethod
     def expand(cls, tree: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +169,8 @@ def load(cls: type[R], path: str | Path, overrides: list[str] | None = None) -> 
     """Read a YAML recipe, apply dotted overrides, validate. Raises :class:`UserError` on any mistake."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist; the ones that ship are in recipes/")
+        what = "is a folder, not a YAML file" if path.is_dir() else "does not exist"
+        raise UserError(f"recipe {path} {what}; the ones that ship are in recipes/")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

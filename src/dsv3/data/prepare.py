@@ -329,5 +329,10 @@ def report(result: Result) -> str:
         lines.append(f"tokenized {human(result.text_bytes)}B in {duration(result.seconds)}: {rate:.2f} MB/s")
     else:
         lines.append("already prepared: nothing to do")
-    lines.append(f"next: dsv3 pretrain RECIPE.yaml --data.path {result.out}")
+    if any(entry["valid"]["documents"] for entry in result.manifest["sources"].values()):
+        lines.append(f"next: dsv3 pretrain RECIPE.yaml --data.path {result.out}")
+    else:
+        lines.append(
+            "next: training needs held-out text: prepare again with a larger --valid_fraction, another --out"
+        )
     return "\n".join(lines)

@@ -78,6 +78,10 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
 
     files = tokenizer_files(data)
     if resume_from not in (None, "auto"):
+        if not Path(str(resume_from)).is_dir():
+            raise UserError(
+                f"--resume ({resume_from}) is no checkpoint's folder; use auto or OUT/checkpoints/step-..."
+            )
         checkpoints.verify(str(resume_from))  # before anything is written
 
     run = RunFolder(recipe.out)
@@ -99,9 +103,13 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
     ]
     trainer = Trainer(recipe, model, loader, build(model, recipe.optimizer), callbacks)
     if checkpoint is not None:
-        resume(trainer, checkpoint)
+        changed = resume(trainer, checkpoint)
         run.rewind(trainer.state.step)
         run.log(f"resumed from {checkpoint.name} at {trainer.state.tokens} tokens")
+        if changed:
+            run.log(f"changed since it was saved: {'; '.join(changed)}")
+        if trainer.finished:
+            run.log(f"all {recipe.total_tokens} tokens are seen already; raise --total_tokens to go on")
     trainer.train()
     if trainer.stopping:
         run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")

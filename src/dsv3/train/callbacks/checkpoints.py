@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -56,8 +57,11 @@ _MAY_CHANGE = {
 }  # fmt: skip
 
 
-def resume(trainer: Trainer, folder: Path) -> None:
-    """Take up a run from a checkpoint: weights, biases, moments, position in the data."""
+def resume(trainer: Trainer, folder: Path) -> list[str]:
+    """Take up a run from a checkpoint: weights, biases, moments, position in the data.
+
+    Returns the keys that are now other than when it was saved, as ``optimizer.lr 0.002 -> 0.001``.
+    """
     tensors, state = checkpoints.read_into(folder, trainer.model)
     before, now = state["recipe"], trainer.recipe.model_dump(mode="json")
     for key in now:
@@ -73,3 +77,11 @@ def resume(trainer: Trainer, folder: Path) -> None:
     load_state_tensors(trainer.optimizer, trainer.model, tensors)
     for callback in trainer.callbacks:
         callback.on_resume(trainer, tensors)
+    return _differences(before, now)
+
+
+def _differences(before: Any, now: Any, key: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [name for name in now if name != "out" or key]
+        return [line for name in names for line in _differences(before.get(name), now[name], f"{key}.{name}")]
+    return [] if before == now else [f"{key[1:]} {before} -> {now}"]

@@ -88,7 +88,9 @@ class Metrics(Callback):
                 self.tracker({**numbers, "max_violation_worst": worst}, trainer.state.step)
         if self.run.progress is not None:
             self.run.progress.note(f"loss {record['loss']:.3f}  lr {record['lr']:.1e}")
-            self.run.progress.advance(record["batch_sequences"] * trainer.recipe.sequence_length)
+            left = trainer.recipe.total_tokens - self.run.progress.done  # the last step may go past the end
+            tokens = record["batch_sequences"] * trainer.recipe.sequence_length
+            self.run.progress.advance(max(0, min(tokens, left)))
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the bar."""
