@@ -189,10 +189,10 @@ class ModelConfig(Recipe):
         return cls.from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of ``config.json``, in the form transformers 4 and 5, vLLM, SGLang and llama.cpp read.
+        """The content of ``config.json``; tested with transformers 5, llama.cpp's converter took it by hand.
 
         ``rope_theta`` and ``rope_scaling`` (with ``type`` and ``rope_type``) are written, not
-        ``rope_parameters``: every reader takes them, transformers 5 by converting.
+        ``rope_parameters``: the older form is what every reader knows, transformers 5 converts it.
         """
         fields = self.model_dump(exclude={"extra", "rope_scaling"})
         rope = self.rope_scaling.model_dump() if self.rope_scaling else None

@@ -4,7 +4,7 @@ Shapes: B batch, H heads, T time, Q query/key width, V value width, G = B H, S k
 
 On a CPU, FP32 attention runs by blocks of queries against the keys they may see, as batched matrix products
 and torch's fused softmax; the backward makes the weights again. It needs no equal widths of keys and values
-and no T x T matrix, and takes about two thirds of the time of torch's flash kernel there (docs/log.md).
+and no T x T matrix, and takes about 0.7 of the time of torch's flash kernel there (docs/log.md).
 """
 
 from __future__ import annotations
