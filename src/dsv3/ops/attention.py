@@ -1,6 +1,7 @@
 """Causal attention over expanded heads, optionally within documents only (floor 1).
 
-Shapes: B batch, H heads, T time, Q query/key width, V value width, G = B H, S keys a block of queries sees.
+Shapes: B batch, H heads, T time, Q query/key width, V value width, G heads at once, S keys a block of
+queries sees, X any width.
 
 On a CPU, FP32 attention runs by blocks of queries against the keys they may see, as batched matrix products
 and torch's fused softmax; the backward makes the weights again. It needs no equal widths of keys and values
@@ -40,73 +41,76 @@ def causal_attention_reference(
     return weights.to(v_BHTV.dtype) @ v_BHTV
 
 
-def _blocks(groups: int, length: int) -> Iterator[tuple[slice, slice]]:
-    """Which heads and which queries are worked on together; any length fits the bound on the scores."""
+def _blocks(batch: int, heads: int, length: int) -> Iterator[tuple[int, slice, slice]]:
+    """Which heads and queries of a sequence are worked on together; any length fits the bound on scores."""
     queries = max(1, min(BLOCK, length, BLOCK_ELEMENTS // length))
-    heads = max(1, BLOCK_ELEMENTS // (queries * length))
-    for first in range(0, groups, heads):
-        for start in range(0, length, queries):
-            yield slice(first, min(first + heads, groups)), slice(start, min(start + queries, length))
+    together = max(1, min(heads, BLOCK_ELEMENTS // (queries * length)))
+    for sequence in range(batch):
+        for first in range(0, heads, together):
+            for start in range(0, length, queries):
+                yield (
+                    sequence,
+                    slice(first, min(first + together, heads)),
+                    slice(start, min(start + queries, length)),
+                )
 
 
-def _weights(q: Tensor, k: Tensor, scale: float, mask: Tensor | None, block: slice) -> Tensor:
+class _Weights:
     """Attention weights of some heads' block of queries over the keys up to its end: ``[G, block, S]``."""
-    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)
-    if mask is None:
-        later = torch.full((q.shape[1], q.shape[1]), float("-inf"), dtype=q.dtype)
-        scores[..., block].add_(later.triu_(1))
-    else:
-        scores.masked_fill_(~mask, float("-inf"))
-    return torch.softmax(scores, dim=-1, out=scores)
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, mask_B1TT: Tensor | None):
+        self.q, self.k, self.scale, self.mask = q, k, scale, mask_B1TT
+        size = min(BLOCK, q.shape[2])
+        self.later = torch.full((size, size), float("-inf"), dtype=q.dtype).triu_(1)
+
+    def __call__(self, sequence: int, heads: slice, block: slice) -> Tensor:
+        q, k = self.q[sequence, heads, block], self.k[sequence, heads, : block.stop]
+        scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=self.scale)
+        if self.mask is None:
+            scores[..., block].add_(self.later[: q.shape[1], : q.shape[1]])
+        else:
+            mask = self.mask[sequence if self.mask.shape[0] > 1 else 0, :, block, : block.stop]
+            scores.masked_fill_(~mask, float("-inf"))
+        return torch.softmax(scores, dim=-1, out=scores)
 
 
-def _cut(mask_B1TT: Tensor | None, groups: int, heads: slice, block: slice) -> Tensor | None:
-    """The mask of these heads and queries: ``[G, block, S]``; heads of one sequence share its mask."""
-    if mask_B1TT is None:
-        return None
-    sequence = torch.arange(heads.start, heads.stop) // (groups // mask_B1TT.shape[0])
-    return mask_B1TT[sequence, 0, block, : block.stop]
-
-
-def _flat(x_BHTX: Tensor) -> Tensor:
-    return x_BHTX.reshape(-1, *x_BHTX.shape[2:])
+def _by_token(like_BHTX: Tensor, *, zero: bool = False) -> Tensor:
+    """``[B, H, T, X]`` in the order the neighbours want, ``[B, T, H, X]``: no copy on the way in or out."""
+    batch, heads, length, width = like_BHTX.shape
+    make = like_BHTX.new_zeros if zero else like_BHTX.new_empty
+    return make(batch, length, heads, width).transpose(1, 2)
 
 
 @torch.library.custom_op("dsv3::causal_attention", mutates_args=(), device_types="cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None) -> Tensor:
-    out = v.new_empty(v.shape)
-    q_GTQ, k_GTQ, v_GTV, out_GTV = _flat(q), _flat(k), _flat(v), out.view(-1, *v.shape[2:])
-    groups, length = q_GTQ.shape[:2]
-    for heads, block in _blocks(groups, length):
-        keys, mask = k_GTQ[heads, : block.stop], _cut(mask_B1TT, groups, heads, block)
-        weights = _weights(q_GTQ[heads, block], keys, scale, mask, block)
-        out_GTV[heads, block] = torch.bmm(weights, v_GTV[heads, : block.stop])
+    out, weights = _by_token(v), _Weights(q, k, scale, mask_B1TT)
+    for b, heads, block in _blocks(*q.shape[:3]):
+        out[b, heads, block] = torch.bmm(weights(b, heads, block), v[b, heads, : block.stop])
     return out
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None) -> Tensor:
-    return v.new_empty(v.shape)
+    return _by_token(v)
 
 
 @torch.library.custom_op("dsv3::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, mask_B1TT: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    q_GTQ, k_GTQ, v_GTV, g_GTV = _flat(q), _flat(k), _flat(v), _flat(grad)
-    dq, dk, dv = (x.view(-1, *x.shape[2:]) for x in (grad_q, grad_k, grad_v))
-    along_GT1 = (g_GTV * _flat(out)).sum(dim=-1, keepdim=True)
-    groups, length = q_GTQ.shape[:2]
-    for heads, block in _blocks(groups, length):
+    grad_q, grad_k, grad_v = _by_token(q), _by_token(k, zero=True), _by_token(v, zero=True)
+    weights = _Weights(q, k, scale, mask_B1TT)
+    along_BHT1 = (grad * out).sum(dim=-1, keepdim=True)
+    for b, heads, block in _blocks(*q.shape[:3]):
         seen = slice(0, block.stop)
-        q_block, g_block, keys = q_GTQ[heads, block], g_GTV[heads, block], k_GTQ[heads, seen]
-        weights = _weights(q_block, keys, scale, _cut(mask_B1TT, groups, heads, block), block)
-        dv[heads, seen].baddbmm_(weights.transpose(1, 2), g_block)
-        scores = torch.bmm(g_block, v_GTV[heads, seen].transpose(1, 2))
-        scores.sub_(along_GT1[heads, block]).mul_(weights)
-        dq[heads, block] = torch.bmm(scores, keys).mul_(scale)
-        dk[heads, seen].baddbmm_(scores.transpose(1, 2), q_block, alpha=scale)
+        q_block, g_block = q[b, heads, block], grad[b, heads, block]
+        weight = weights(b, heads, block)
+        # A batched product and a sum, not baddbmm_: into a strided result that would run head by head.
+        grad_v[b, heads, seen] += torch.bmm(weight.transpose(1, 2), g_block)
+        scores = torch.bmm(g_block, v[b, heads, seen].transpose(1, 2))
+        scores.sub_(along_BHT1[b, heads, block]).mul_(weight)
+        grad_q[b, heads, block] = torch.bmm(scores, k[b, heads, seen]).mul_(scale)
+        grad_k[b, heads, seen].add_(torch.bmm(scores.transpose(1, 2), q_block), alpha=scale)
     return grad_q, grad_k, grad_v
 
 
@@ -114,7 +118,7 @@ def _attention_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, mask_B1TT: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _by_token(q), _by_token(k), _by_token(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

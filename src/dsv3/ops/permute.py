@@ -44,6 +44,22 @@ def _sum_rows(y_MD: Tensor, inverse_NK: Tensor, gates_NK: Tensor | None) -> Tens
     return torch.bmm(gates_NK[:, None].to(y_MD.dtype), y_NKD)[:, 0]
 
 
+def _row_products(
+    grad_ND: Tensor, y_MD: Tensor, order_M: Tensor, inverse_NK: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``grad[n] . y[inverse[n, k]]``, ``[N, K]``: the gradient of each gate."""
+    if y_MD.device.type == "cpu" and y_MD.dtype == torch.float32:  # what torch's embedding_bag calls itself
+        tokens, chosen = inverse_NK.shape
+        starts = torch.arange(0, tokens * chosen, chosen)
+        token = torch.arange(tokens).repeat_interleave(chosen)
+        products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_ND, y_MD, inverse_NK.flatten(), starts, token, 0
+        )
+        return products.view_as(inverse_NK)
+    grad_MD = grad_ND.index_select(0, order_M // inverse_NK.shape[1])
+    return (grad_MD.to(dtype) * y_MD).sum(dim=-1)[inverse_NK]
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
@@ -65,8 +81,8 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_MD, gates_NK, order_M, inverse_NK = ctx.saved_tensors
+        grad_gates = _row_products(grad_ND, y_MD, order_M, inverse_NK, gates_NK.dtype)
         grad_y = grad_ND.index_select(0, order_M // inverse_NK.shape[1])
-        grad_gates = (grad_y.to(gates_NK.dtype) * y_MD).sum(dim=-1)[inverse_NK]
         grad_y *= gates_NK.flatten()[order_M, None].to(grad_y.dtype)
         return grad_y, grad_gates, None, None
 
