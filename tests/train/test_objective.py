@@ -105,8 +105,8 @@ def test_attention_runs_again_only_when_whole_layers_do(
     monkeypatch: pytest.MonkeyPatch, what: str, times: int
 ) -> None:
     """The report's recompute makes norms and up-projections again, not the attention itself."""
-    made, weights = [], attention._weights
-    monkeypatch.setattr(attention, "_weights", lambda *inputs: made.append(1) or weights(*inputs))
+    made, weights = [], attention._Weights
+    monkeypatch.setattr(attention, "_Weights", lambda *inputs: made.append(1) or weights(*inputs))
     model = DeepSeekV3(ModelConfig(**MODEL))
     recompute.apply(model, what)  # type: ignore[arg-type]
     loss, _ = pretrain_loss(model, TOKENS[:, :34], None, 32, Share([128] * 2, 4), 0.3)

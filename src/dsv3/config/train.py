@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dsv3.common.errors import UserError
+from dsv3.config.fp8 import FP8Section
 from dsv3.config.model import ModelConfig
 from dsv3.config.recipe import Recipe
 
@@ -73,7 +74,15 @@ class OptimizerSection(Recipe):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, not on norms and biases")
     clip: float = Field(1.0, gt=0, description="greatest global norm of the gradient")
-    moments: Literal["fp32", "bf16"] = Field("fp32", description="dtype of the moments (report 5: bf16)")
+    moments: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="dtype of the moments; auto: bf16 with precision fp8 (report 3.3.3), else fp32"
+    )
+
+    def moments_in(self, precision: str) -> Literal["fp32", "bf16"]:
+        """The dtype of the moments in a run of this precision: ``auto`` resolved."""
+        if self.moments == "auto":
+            return "bf16" if precision == "fp8" else "fp32"
+        return self.moments
 
 
 class BalanceSection(Recipe):
@@ -135,7 +144,11 @@ class PretrainRecipe(Recipe):
     data: DataSection = Field(DataSection(), description="the data")
     sequence_length: int = Field(256, gt=1, description="tokens a sequence")
     total_tokens: int = Field(gt=0, description="tokens to train on")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of activations and matrix products")
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32",
+        description="of activations and products; fp8: products as in report 3.3, the rest bf16 (CPU: fp32)",
+    )
+    fp8: FP8Section = Field(FP8Section(), description="FP8 training, with precision fp8")
     device: str = Field("auto", description="cpu, cuda, or auto: cuda where there is one")
     compile: bool = Field(False, description="torch.compile each layer: a minute at the start, then faster")
     recompute: Literal["none", "report", "layer"] = Field(

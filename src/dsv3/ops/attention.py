@@ -4,8 +4,9 @@ Shapes: B batch, H heads, T time, Q query/key width, V value width, G heads at o
 queries sees, X any width.
 
 On a CPU, FP32 attention runs by blocks of queries against the keys they may see, as batched matrix products
-and torch's fused softmax; the backward makes the weights again. It needs no equal widths of keys and values
-and no T x T matrix, and takes about 0.7 of the time of torch's flash kernel there (docs/log.md).
+and torch's fused softmax. The backward makes the weights again, whole rows of them, so it needs neither the
+output nor a running maximum. It asks for no equal widths of keys and values and no T x T matrix, and takes
+about 0.7 of the time of torch's flash kernel there (docs/log.md).
 """
 
 from __future__ import annotations
@@ -96,11 +97,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None) -
 
 @torch.library.custom_op("dsv3::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, mask_B1TT: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = _by_token(q), _by_token(k, zero=True), _by_token(v, zero=True)
     weights = _Weights(q, k, scale, mask_B1TT)
-    along_BHT1 = (grad * out).sum(dim=-1, keepdim=True)
     for b, heads, block in _blocks(*q.shape[:3]):
         seen = slice(0, block.stop)
         q_block, g_block = q[b, heads, block], grad[b, heads, block]
@@ -108,7 +108,7 @@ def _attention_backward(
         # A batched product and a sum, not baddbmm_: into a strided result that would run head by head.
         grad_v[b, heads, seen] += torch.bmm(weight.transpose(1, 2), g_block)
         scores = torch.bmm(g_block, v[b, heads, seen].transpose(1, 2))
-        scores.sub_(along_BHT1[b, heads, block]).mul_(weight)
+        scores = torch.ops.aten._softmax_backward_data(scores, weight, -1, scores.dtype)
         grad_q[b, heads, block] = torch.bmm(scores, k[b, heads, seen]).mul_(scale)
         grad_k[b, heads, seen].add_(torch.bmm(scores.transpose(1, 2), q_block), alpha=scale)
     return grad_q, grad_k, grad_v
@@ -116,19 +116,19 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, mask_B1TT: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _by_token(q), _by_token(k), _by_token(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, ctx.scale, mask = inputs
-    ctx.save_for_backward(q, k, v, output, mask)
+    ctx.save_for_backward(q, k, v, mask)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, mask = ctx.saved_tensors
-    return (*_attention_backward(grad, q, k, v, out, ctx.scale, mask), None, None)
+    q, k, v, mask = ctx.saved_tensors
+    return (*_attention_backward(grad, q, k, v, ctx.scale, mask), None, None)
 
 
 _attention.register_autograd(_gradient, setup_context=_save)

@@ -63,8 +63,9 @@ def _sizes(shape: torch.Size, tile: Tile) -> Tile:
     return Tile(tile.rows or max(1, shape[-2]), tile.columns or max(1, shape[-1]))
 
 
-def _segments(rows: int, counts_E: Tensor | None) -> list[int]:
-    return [rows] if counts_E is None else counts_E.tolist()
+def _segments(rows: int, tile: Tile, counts_E: Tensor | None) -> list[int]:
+    """Rows of the pieces that row tiles do not span."""
+    return [rows] if counts_E is None or tile.rows in (0, 1) else counts_E.tolist()
 
 
 def expand_scales(scales: Tensor, shape: torch.Size, tile: Tile, counts_E: Tensor | None = None) -> Tensor:
@@ -74,7 +75,7 @@ def expand_scales(scales: Tensor, shape: torch.Size, tile: Tile, counts_E: Tenso
     if rows == 1:
         return wide
     pieces, first = [], 0
-    for count in _segments(shape[-2], counts_E):
+    for count in _segments(shape[-2], tile, counts_E):
         tiles = -(-count // rows)
         pieces.append(wide[..., first : first + tiles, :].repeat_interleave(rows, dim=-2)[..., :count, :])
         first += tiles
@@ -83,9 +84,9 @@ def expand_scales(scales: Tensor, shape: torch.Size, tile: Tile, counts_E: Tenso
 
 def _tile_maxima(x: Tensor, tile: Tile, counts_E: Tensor | None) -> Tensor:
     """Largest magnitude of every tile; a tile with a NaN has NaN."""
-    rows, columns = tile
+    rows, columns = _sizes(x.shape, tile)
     found = []
-    for piece in x.abs().split(_segments(x.shape[-2], counts_E), dim=-2):
+    for piece in x.abs().split(_segments(x.shape[-2], tile, counts_E), dim=-2):
         if not piece.shape[-2]:
             continue
         padded = F.pad(piece, (0, -piece.shape[-1] % columns, 0, -piece.shape[-2] % rows))
@@ -103,8 +104,7 @@ def quantise_reference(
 ) -> Quantised:
     """The specification of :func:`quantise`."""
     x = x.float()
-    sizes = _sizes(x.shape, tile)
-    amax = _tile_maxima(x, sizes, counts_E)
+    amax = _tile_maxima(x, tile, counts_E)
     # A tile of zeros without a floor on its maximum: any scale will do, 1 is one that can be inverted.
     scales = torch.where(amax == 0, 1.0, amax / kind.largest) if smallest_amax == 0 else None
     if scales is None:
@@ -112,14 +112,14 @@ def quantise_reference(
     scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
     if power_of_two_scales:
         scales = power_of_two(scales)
-    values = pack(x / expand_scales(scales, x.shape, sizes, counts_E), kind)
+    values = pack(x / expand_scales(scales, x.shape, tile, counts_E), kind)
     return Quantised(values, scales, x.shape, tile, kind, counts_E)
 
 
 def dequantise_reference(q: Quantised) -> Tensor:
     """The specification of :func:`dequantise`."""
     numbers = unpack(q.values, q.kind, q.shape[-1])
-    return numbers * expand_scales(q.scales, q.shape, _sizes(q.shape, q.tile), q.counts_E)
+    return numbers * expand_scales(q.scales, q.shape, q.tile, q.counts_E)
 
 
 def quantise(
@@ -135,13 +135,12 @@ def quantise(
     ``counts_E``: rows an expert of a two-dimensional ``x`` sorted by expert; no tile spans two experts.
     A tile with an infinity or a NaN dequantises to NaN, so that a loss shows it.
     """
-    arguments = (x, tile, kind, power_of_two_scales, smallest_amax, counts_E)
     if native.usable(x) and tile != WHOLE:
         values, scales = native.quantise(
             x, _sizes(x.shape, tile), kind, power_of_two_scales, smallest_amax, counts_E
         )
         return Quantised(values, scales, x.shape, tile, kind, counts_E)
-    return quantise_reference(*arguments)
+    return quantise_reference(x, tile, kind, power_of_two_scales, smallest_amax, counts_E)
 
 
 def dequantise(q: Quantised) -> Tensor:

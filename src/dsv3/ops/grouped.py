@@ -42,13 +42,11 @@ def _segments(counts_E: Tensor) -> list[tuple[int, int, int]]:
     return found
 
 
-def _weight_like(w: Tensor, counts_E: Tensor) -> Tensor:
-    """A gradient for stacked weights: uninitialised, zero where an expert has no rows."""
-    grad = torch.empty_like(w)
-    idle = (counts_E == 0).nonzero().flatten().tolist()
-    for expert in idle:
-        grad[expert].zero_()
-    return grad
+def _zero_where_idle(grad_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """A gradient for stacked weights, zero where an expert has no rows; the rest is still to be written."""
+    for expert in (counts_E == 0).nonzero().flatten().tolist():
+        grad_EOI[expert].zero_()
+    return grad_EOI
 
 
 @torch.library.custom_op("dsv3::grouped_linear", mutates_args=(), device_types="cpu")
@@ -64,21 +62,30 @@ def _(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
     return x_MI.new_empty(x_MI.shape[0], w_EOI.shape[1])
 
 
-@torch.library.custom_op("dsv3::grouped_linear_backward", mutates_args=(), device_types="cpu")
-def _grouped_linear_backward(
-    grad_MO: Tensor, x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad_x, grad_w = torch.empty_like(x_MI), _weight_like(w_EOI, counts_E)
+@torch.library.custom_op("dsv3::grouped_dgrad", mutates_args=(), device_types="cpu")
+def _grouped_dgrad(grad_MO: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    out = grad_MO.new_empty(grad_MO.shape[0], w_EOI.shape[2])
     for expert, start, stop in _segments(counts_E):
-        grad = grad_MO[start:stop]
-        torch.mm(grad, w_EOI[expert], out=grad_x[start:stop])
-        torch.mm(grad.T, x_MI[start:stop], out=grad_w[expert])
-    return grad_x, grad_w
+        torch.mm(grad_MO[start:stop], w_EOI[expert], out=out[start:stop])
+    return out
 
 
-@_grouped_linear_backward.register_fake
-def _(grad_MO: Tensor, x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_MI), torch.empty_like(w_EOI)
+@_grouped_dgrad.register_fake
+def _(grad_MO: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    return grad_MO.new_empty(grad_MO.shape[0], w_EOI.shape[2])
+
+
+@torch.library.custom_op("dsv3::grouped_wgrad", mutates_args=(), device_types="cpu")
+def _grouped_wgrad(grad_MO: Tensor, x_MI: Tensor, counts_E: Tensor) -> Tensor:
+    out = _zero_where_idle(x_MI.new_empty(len(counts_E), grad_MO.shape[1], x_MI.shape[1]), counts_E)
+    for expert, start, stop in _segments(counts_E):
+        torch.mm(grad_MO[start:stop].T, x_MI[start:stop], out=out[expert])
+    return out
+
+
+@_grouped_wgrad.register_fake
+def _(grad_MO: Tensor, x_MI: Tensor, counts_E: Tensor) -> Tensor:
+    return x_MI.new_empty(len(counts_E), grad_MO.shape[1], x_MI.shape[1])
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -87,8 +94,8 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _grouped_linear_grad(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, None]:
     x_MI, w_EOI, counts_E = ctx.saved_tensors
-    grad_x, grad_w = _grouped_linear_backward(grad_MO.contiguous(), x_MI, w_EOI, counts_E)
-    return grad_x, grad_w, None
+    grad_MO = grad_MO.contiguous()
+    return _grouped_dgrad(grad_MO, w_EOI, counts_E), _grouped_wgrad(grad_MO, x_MI, counts_E), None
 
 
 _grouped_linear.register_autograd(_grouped_linear_grad, setup_context=_save_inputs)
@@ -123,8 +130,9 @@ def _grouped_swiglu_backward(
     gate_MF: Tensor, up_MF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     grad_x = torch.empty_like(x_MD)
-    grad_gate, grad_up = _weight_like(gate_EFD, counts_E), _weight_like(up_EFD, counts_E)
-    grad_down = _weight_like(down_EDF, counts_E)
+    grad_gate, grad_up, grad_down = (
+        _zero_where_idle(torch.empty_like(w), counts_E) for w in (gate_EFD, up_EFD, down_EDF)
+    )
     for expert, start, stop in _segments(counts_E):
         grad_out, x = grad_MD[start:stop], x_MD[start:stop]
         gate, up = gate_MF[start:stop], up_MF[start:stop]
@@ -172,6 +180,20 @@ def grouped_linear(x_MI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
         return _grouped_linear(x_MI, w_EOI, counts_E)
     ends_E = counts_E.cumsum(0).to(torch.int32)
     return F.grouped_mm(x_MI, w_EOI.transpose(1, 2), offs=ends_E)
+
+
+def grouped_dgrad(grad_MO: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """The gradient of :func:`grouped_linear` with respect to its rows: ``grad[m] w[expert of m]``."""
+    if grad_MO.device.type == "cpu":
+        return _grouped_dgrad(grad_MO, w_EOI, counts_E)
+    return F.grouped_mm(grad_MO, w_EOI, offs=counts_E.cumsum(0).to(torch.int32))
+
+
+def grouped_wgrad(grad_MO: Tensor, x_MI: Tensor, counts_E: Tensor) -> Tensor:
+    """The gradient of :func:`grouped_linear` with respect to its weights, ``[E, O, I]``."""
+    if grad_MO.device.type == "cpu":
+        return _grouped_wgrad(grad_MO, x_MI, counts_E)
+    return F.grouped_mm(grad_MO.T, x_MI, offs=counts_E.cumsum(0).to(torch.int32))
 
 
 def grouped_swiglu(

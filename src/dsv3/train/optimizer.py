@@ -44,7 +44,7 @@ class AdamWBF16Moments(torch.optim.Optimizer):
                 parameter.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1**count))
 
 
-def build(model: nn.Module, options: OptimizerSection) -> torch.optim.Optimizer:
+def build(model: nn.Module, options: OptimizerSection, precision: str = "fp32") -> torch.optim.Optimizer:
     """AdamW over ``model``: matrices decay, norms' gains (one dimension) do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     gains = [p for p in model.parameters() if p.dim() <= 1]
@@ -53,7 +53,7 @@ def build(model: nn.Module, options: OptimizerSection) -> torch.optim.Optimizer:
         {"params": gains, "weight_decay": 0.0},
     ]
     betas = (options.beta1, options.beta2)
-    if options.moments == "bf16":
+    if options.moments_in(precision) == "bf16":
         return AdamWBF16Moments(groups, options.lr, betas, options.eps, options.weight_decay)
     return torch.optim.AdamW(groups, options.lr, betas, options.eps, fused=True)
 

@@ -16,6 +16,7 @@ from dsv3.data.loader import TokenLoader
 from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
+from dsv3.quant import fp8
 from dsv3.train import recompute
 from dsv3.train.callbacks.checkpoints import Checkpoints, resume
 from dsv3.train.callbacks.ema import EMA
@@ -47,8 +48,10 @@ def make_model(recipe: PretrainRecipe, device: torch.device) -> DeepSeekV3:
     """The model of a recipe with its initial weights, precision, recompute and compilation."""
     with torch.device(device):
         model = DeepSeekV3(recipe.model, seed=recipe.seed)
-    if recipe.precision == "bf16":
+    if recipe.precision == "bf16" or (recipe.precision == "fp8" and device.type != "cpu"):
         model.model.embed_tokens.compute_dtype = torch.bfloat16
+    if recipe.precision == "fp8":
+        fp8.apply(model, recipe.fp8)
     recompute.apply(model, recipe.recompute)
     if recipe.compile:
         for layer in model.model.layers:
@@ -101,7 +104,7 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path:
         Checkpoints(run, files),
         Plots(run),
     ]
-    trainer = Trainer(recipe, model, loader, build(model, recipe.optimizer), callbacks)
+    trainer = Trainer(recipe, model, loader, build(model, recipe.optimizer, recipe.precision), callbacks)
     if checkpoint is not None:
         changed = resume(trainer, checkpoint)
         run.rewind(trainer.state.step)

@@ -92,8 +92,8 @@ def library() -> ctypes.CDLL | None:
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     found.dsv3_quantise.argtypes = [
-        ctypes.c_int, pointer, pointer, pointer, pointer, long, long, long, long, number, ctypes.c_int, number,
-        ctypes.c_int,
+        ctypes.c_int, pointer, pointer, pointer, pointer, long, long, long, long, number, ctypes.c_int,
+        number, ctypes.c_int,
     ]  # fmt: skip
     found.dsv3_dequantise.argtypes = [
         ctypes.c_int, pointer, pointer, pointer, pointer, long, long, long, long, ctypes.c_int,

@@ -1,0 +1,4 @@
+"""Other number formats for the model's matrices, put in from outside (floor 3).
+
+``fp8``: training; ``frozen``: weights that stay as an FP8 checkpoint has them.
+"""
