@@ -1,0 +1,206 @@
+"""``dsv3 bench fp8 --ablation``: what each choice of FP8 training does to the loss (report 3.3 and B).
+
+The same model from the same seed sees the same data in the same order, once in FP32 and once for every
+variation, each some ``fp8.*`` keys away from the others. Every run is an ordinary ``dsv3 pretrain`` in a
+folder of its own, so that the whole goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv3.bench.machine import machine
+from dsv3.common.errors import Failure, UserError
+from dsv3.common.files import write_json
+from dsv3.common.progress import Progress
+from dsv3.train.run import read_lines
+
+RECIPE = Path("recipes/pretrain-tiny.yaml")
+GOAL_PERCENT = 0.25  # published: the loss of FP8 stays this near to BF16's
+SEQUENCES, LENGTH = 8, 128
+SMOOTH = 100  # steps
+
+FP8 = ("--precision", "fp8")
+REFERENCE = "fp32"
+# Name, what it is, and its keys.
+VARIATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    REFERENCE: ("FP32, the reference", ()),
+    "fp32-reordered": (
+        "FP32, gradients summed in two halves: what rounding alone does",
+        ("--batch.micro_sequences", "4"),
+    ),
+    "fp8": ("FP8, the report's recipe", FP8),
+    "tensor-scales": (
+        "FP8, one scale a tensor",
+        (*FP8, *(f"--fp8.{what}_tile=tensor" for what in ("activation", "weight", "gradient"))),
+    ),
+    "gradient-blocks": ("FP8, gradients in 128x128 blocks", (*FP8, "--fp8.gradient_tile", "128x128")),
+    "attention-e4m3": ("FP8, E4M3 kept after attention", (*FP8, "--fp8.attention_output", "e4m3")),
+    "14-bit-promoted": (
+        "FP8, tensor cores' 14-bit sums imitated, promoted every 128",
+        (*FP8, "--fp8.accumulation", "emulated"),
+    ),
+    "14-bit": (
+        "FP8, tensor cores' 14-bit sums imitated, never promoted",
+        (*FP8, "--fp8.accumulation", "emulated-unpromoted"),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Running:
+    """A variation's process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+
+
+def command(name: str, out: Path, steps: int, seed: int, data: str) -> list[str]:
+    """The ``dsv3 pretrain`` of a variation; without MTP, whose second head would be half of the time."""
+    settings = {
+        "out": out / name, "seed": seed, "data.path": data, "sequence_length": LENGTH,
+        "total_tokens": steps * SEQUENCES * LENGTH, "batch.sequences": SEQUENCES,
+        "batch.micro_sequences": SEQUENCES, "model.num_nextn_predict_layers": 0, "device": "cpu",
+        "schedule.batch": "[{until: 1, to: 1}]", "checkpoint.every": 250, "checkpoint.keep": 1,
+        "validation.every": 250, "samples.every": 10**9,
+    }  # fmt: skip
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    words += [*VARIATIONS[name][1], "--resume", "auto"]
+    return [sys.executable, "-m", "dsv3", "pretrain", str(RECIPE), *words]
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [line for line in read_lines(path) if "loss" in line] if path.exists() else []
+
+
+def ablation(out: Path, steps: int, seed: int, data: str, workers: int, only: list[str]) -> dict[str, Any]:
+    """Train every variation (or those of ``only`` and the reference), then compare."""
+    if not RECIPE.is_file():
+        raise UserError(f"{RECIPE} is not here: run this in the repository's folder")
+    if not (Path(data) / "manifest.json").is_file():
+        raise UserError(
+            f"--data ({data}) is not prepared; run `dsv3 data prepare recipes/data-tiny.yaml` first"
+        )
+    unknown = [name for name in only if name not in VARIATIONS]
+    if unknown:
+        raise UserError(f"--only ({unknown[0]}) is no variation; there are {', '.join(VARIATIONS)}")
+    names = [name for name in VARIATIONS if not only or name in only or name == REFERENCE]
+    threads = str(max(1, (os.cpu_count() or 1) // workers))
+    out.mkdir(parents=True, exist_ok=True)
+    waiting, running = list(names), list[Running]()
+    done = sum(len(_steps(out / name)) for name in names)
+    with Progress("ablation", steps * len(names), "steps", done=done) as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    name = waiting.pop(0)
+                    with open(out / f"{name}.log", "ab") as log:
+                        process = subprocess.Popen(
+                            command(name, out, steps, seed, data), stdout=log, stderr=log,
+                            env={**os.environ, "OMP_NUM_THREADS": threads},
+                        )  # fmt: skip
+                    running.append(Running(name, process))
+                time.sleep(1.0)
+                for one in [one for one in running if one.process.poll() is not None]:
+                    running.remove(one)
+                    if one.process.returncode:
+                        raise Failure(f"{one.name} failed; see {out / one.name}.log")
+                now = sum(len(_steps(out / name)) for name in names)
+                progress.note(", ".join(one.name for one in running))
+                progress.advance(now - done)
+                done = now
+        finally:
+            for one in running:
+                one.process.terminate()  # each saves a checkpoint and stops
+            for one in running:
+                one.process.wait()
+    result = compare(out, names)
+    write_json(out / "result.json", result)
+    draw(out, names, out / "loss_gap.png")
+    return result
+
+
+def smooth(values: np.ndarray, width: int = SMOOTH) -> np.ndarray:
+    """Mean over windows of ``width`` steps (only whole ones)."""
+    return np.convolve(values, np.ones(width) / width, mode="valid")
+
+
+def gap_percent(loss: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """How far a smoothed loss is above the smoothed reference, in percent of it; step by step."""
+    steps = min(len(loss), len(reference))
+    width = min(SMOOTH, max(1, steps // 4))
+    smoothed = smooth(reference[:steps], width)
+    return 100 * (smooth(loss[:steps], width) - smoothed) / smoothed
+
+
+def compare(out: Path, names: list[str]) -> dict[str, Any]:
+    """Every variation's gap to the reference: at the end, at its greatest, and on held-out text."""
+    reference = np.array([line["loss"] for line in _steps(out / REFERENCE)])
+    held_out = _held_out(out / REFERENCE)
+    rows: dict[str, Any] = {}
+    for name in names:
+        loss = np.array([line["loss"] for line in _steps(out / name)])
+        gap = gap_percent(loss, reference)
+        after = gap[len(gap) // 10 :]  # the first steps only show how fast everything falls
+        bits = _held_out(out / name)
+        rows[name] = {
+            "what": VARIATIONS[name][0],
+            "steps": len(loss),
+            "final_loss": float(loss[-SMOOTH:].mean()),
+            "final_gap_percent": float(gap[-1]),
+            "greatest_gap_percent": float(after[np.abs(after).argmax()]) if len(after) else math.nan,
+            "held_out_bits_per_byte": bits,
+            "held_out_gap_percent": 100 * (bits / held_out - 1),
+        }
+    return {"goal_percent": GOAL_PERCENT, "variations": rows, "machine": machine("cpu")}
+
+
+def _held_out(folder: Path) -> float:
+    key = "validation_bits_per_byte"
+    found = [line[key] for line in read_lines(folder / "metrics.jsonl") if key in line]
+    return float(found[-1]) if found else math.nan
+
+
+def report(result: dict[str, Any]) -> str:
+    """The comparison as a table."""
+    lines = [f"{'':<62} steps   loss  gap at end    greatest gap   held-out gap"]
+    for row in result["variations"].values():
+        gaps = (row[f"{which}_gap_percent"] for which in ("final", "greatest", "held_out"))
+        numbers = "  ".join(f"{gap:>+11.3f} %" for gap in gaps)
+        lines.append(f"{row['what']:<62} {row['steps']:>5}  {row['final_loss']:.3f}  {numbers}")
+    lines.append(f"published for FP8 against BF16: within {result['goal_percent']} %")
+    return "\n".join(lines)
+
+
+def draw(out: Path, names: list[str], path: Path) -> None:
+    """Gaps of the smoothed losses against steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.6), layout="constrained", dpi=130)
+    axis = figure.subplots()
+    reference = np.array([line["loss"] for line in _steps(out / REFERENCE)])
+    axis.axhspan(-GOAL_PERCENT, GOAL_PERCENT, color="0.93", label=f"within {GOAL_PERCENT} %")
+    for number, name in enumerate(name for name in names if name != REFERENCE):
+        gap = gap_percent(np.array([line["loss"] for line in _steps(out / name)]), reference)
+        steps = np.arange(len(gap)) + len(reference) - len(gap)
+        style = (
+            dict(linewidth=2.2, color="black") if name == "fp8" else dict(linewidth=1.2, color=f"C{number}")
+        )
+        axis.plot(steps, gap, label=VARIATIONS[name][0], **style)
+    axis.set_xlabel("step")
+    axis.set_ylabel(f"loss above FP32's, % (means of {SMOOTH} steps)")
+    axis.grid(True, color="0.9", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
