@@ -464,8 +464,8 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: DeepSeekV3) -> None:
     (tmp_path / "empty" / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match=r"pickled weights .* are not read"):
         load(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"quantize \('int8'\) is not supported yet"):
-        load(tmp_path / "a", quantize="int8")
+    with pytest.raises(UserError, match=r"quantize \('int3'\) is unknown; use 'fp8', or None"):
+        load(tmp_path / "a", quantize="int3")
     with pytest.raises(UserError, match=r"dtype \('bfloat'\) is unknown \(did you mean bfloat16\?\)"):
         load(tmp_path / "a", dtype="bfloat")
     with pytest.raises(UserError, match=r"dtype \(torch\.int8\)"):
@@ -488,8 +488,6 @@ def test_what_cannot_be_saved(tmp_path: Path, model: DeepSeekV3, monkeypatch: py
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="there already exists"):
         save(model, tmp_path / "there")
-    with pytest.raises(UserError, match=r"fp8 \(True\) is not supported yet"):
-        save(model, tmp_path / "a", fp8=True)
     with pytest.raises(UserError, match=r"max_shard_bytes \(0\)"):
         save(model, tmp_path / "a", max_shard_bytes=0)
 

@@ -15,9 +15,11 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from dsv3.config.model import ModelConfig
+from dsv3.quant.frozen import linears
 
-_STACKED = re.compile(r"(.*\.mlp\.experts)\.((?:gate|up|down)_proj\.weight)")
-_EXPERT = re.compile(r"(\.mlp\.experts)\.\d+(\.(?:gate|up|down)_proj\.weight)$")
+_STACKED = re.compile(r"(.*\.mlp\.experts)\.((?:gate|up|down)_proj\.weight(?:_scale_inv)?)")
+_EXPERT = re.compile(r"(\.mlp\.experts)\.\d+(\.(?:gate|up|down)_proj\.weight(?:_scale_inv)?)$")
+_SCALES = "_scale_inv"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -82,4 +84,15 @@ def always_fp32(name: str) -> bool:
 
 def scale_name(name: str) -> str:
     """The block scales of an FP8 weight (report 3.3; value = FP8 number times the scale of its block)."""
-    return f"{name}_scale_inv"
+    return name + _SCALES
+
+
+def is_scale(name: str) -> bool:
+    """Whether a name is that of block scales."""
+    return name.endswith(_SCALES)
+
+
+def quantised(model: nn.Module) -> set[str]:
+    """The weights that FP8 files hold in FP8, by file name; the rest of them is BF16, biases FP32."""
+    ours = {f"{path}.weight" for path, _ in linears(model)}
+    return {name for name, _ in hf_tensors(model) if our_name(name) in ours}

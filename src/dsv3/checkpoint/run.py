@@ -20,9 +20,10 @@ from torch import Tensor
 
 from dsv3.checkpoint import names
 from dsv3.checkpoint.errors import CheckpointError, DamagedCheckpoint, some, writing
-from dsv3.checkpoint.hf import Weights, save_into
+from dsv3.checkpoint.hf import save_into
 from dsv3.checkpoint.safetensors_io import SafetensorsFile
 from dsv3.checkpoint.safetensors_io import write as write_tensors
+from dsv3.checkpoint.weights import Weights
 from dsv3.common.errors import UserError
 from dsv3.common.files import TEMPORARY, fsync_folder, new_folder, sha256, write_json
 from dsv3.model import DeepSeekV3
