@@ -1,0 +1,94 @@
+"""INT8 a channel and INT4 a group: weights for serving (floor 1).
+
+Shapes: N outputs, K inputs, G groups of inputs; any leading dimensions (experts).
+
+INT8 is symmetric: value = number times the scale of its output. INT4 has a smallest value and a step a group
+of 32, 64 or 128 inputs, since sixteen levels are too few to waste one side of them:
+value = (number - 8) * scale + middle, which is the form torch's int4 products take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.common.errors import UserError
+
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """``values`` int8 ``[..., N, K]`` in -127 .. 127, ``scales`` FP32 ``[..., N, 1]``."""
+
+    values: Tensor
+    scales: Tensor
+
+    def dequantise(self) -> Tensor:
+        """FP32 ``[..., N, K]``."""
+        return self.values.float() * self.scales
+
+
+@dataclass(frozen=True)
+class Int4:
+    """Two numbers 0 .. 15 a byte, the first in the low half: ``values`` uint8 ``[..., N, ceil(K / 2)]``.
+
+    ``scales`` and ``middles`` FP32 ``[..., N, G]``; ``inputs`` is K; the last group may be smaller.
+    """
+
+    values: Tensor
+    scales: Tensor
+    middles: Tensor
+    group: int
+    inputs: int
+
+    def numbers(self) -> Tensor:
+        """The numbers 0 .. 15, uint8 ``[..., N, K]``."""
+        both = torch.stack((self.values & 0xF, self.values >> 4), dim=-1)
+        return both.flatten(-2)[..., : self.inputs]
+
+    def dequantise(self) -> Tensor:
+        """FP32 ``[..., N, K]``."""
+        scales, middles = (
+            x.repeat_interleave(self.group, dim=-1)[..., : self.inputs] for x in (self.scales, self.middles)
+        )
+        return (self.numbers().float() - 8) * scales + middles
+
+
+def quantise_int8(w: Tensor) -> Int8:
+    """Round a weight ``[..., N, K]`` to INT8, a scale an output. A row that is not finite becomes NaN."""
+    w = w.float()
+    amax = w.abs().amax(dim=-1, keepdim=True)
+    scales = torch.where(amax == 0, 1.0, amax / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = torch.where(amax.isfinite(), scales, torch.nan)
+    values = (w / scales).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+    return Int8(values, scales)
+
+
+def quantise_int4(w: Tensor, group: int = 128) -> Int4:
+    """Round a weight ``[..., N, K]`` to INT4, a scale and a middle a group. Not finite: the group is NaN.
+
+    Raises :class:`UserError` for a group other than 32, 64 or 128.
+    """
+    if group not in GROUPS:
+        raise UserError(f"group ({group}) must be one of {', '.join(map(str, GROUPS))}; 128 is customary")
+    w = w.float()
+    inputs = w.shape[-1]
+    # The edge group is filled up with its own last number, which changes neither its least nor its greatest.
+    padded = F.pad(w.flatten(0, -2), (0, -inputs % group), mode="replicate").unflatten(0, w.shape[:-1])
+    grouped = padded.unflatten(-1, (-1, group))
+    least, greatest = grouped.aminmax(dim=-1)
+    # Halved before the difference, which could overflow.
+    scales = (greatest / 15 - least / 15).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = torch.where(greatest == least, 1.0, scales)
+    middles = torch.where(greatest == least, least, least + 8 * scales)
+    scales = torch.where((least.isfinite() & greatest.isfinite()), scales, torch.nan)
+    numbers = ((grouped - middles[..., None]) / scales[..., None]).nan_to_num(0.0).round() + 8
+    codes = numbers.clamp(0, 15).to(torch.uint8).flatten(-2)[..., : inputs + inputs % 2]
+    if codes.shape[-1] % 2:
+        codes = F.pad(codes, (0, 1))
+    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return Int4(low | (high << 4), scales, middles, group, inputs)
