@@ -14,13 +14,19 @@ if TYPE_CHECKING:
     from dsv3.common.errors import UserError
     from dsv3.config.model import ModelConfig
     from dsv3.model import DeepSeekV3
+    from dsv3.serve.llm import LLM
+    from dsv3.serve.params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["DeepSeekV3", "ModelConfig", "UserError", "__version__", "load", "save"]
+__all__ = [
+    "LLM", "DeepSeekV3", "ModelConfig", "SamplingParams", "UserError", "__version__", "load", "save",
+]  # fmt: skip
 
 _HOME = {
     "DeepSeekV3": "dsv3.model",
+    "LLM": "dsv3.serve.llm",
     "ModelConfig": "dsv3.config.model",
+    "SamplingParams": "dsv3.serve.params",
     "UserError": "dsv3.common.errors",
     "load": "dsv3.checkpoint.hf",
     "save": "dsv3.checkpoint.hf",

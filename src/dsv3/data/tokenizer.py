@@ -207,12 +207,13 @@ class Tokenizer:
 
         Bytes that are not valid UTF-8 (a token may end inside a character) become U+FFFD.
         """
-        hidden = self._hidden if skip_special else frozenset()
+        hidden = self.hidden_ids if skip_special else frozenset()
         pieces = [self.token_bytes[i] for i in ids if i not in hidden]
         return b"".join(pieces).decode("utf-8", "replace")
 
     @cached_property
-    def _hidden(self) -> frozenset[int]:
+    def hidden_ids(self) -> frozenset[int]:
+        """Tokens a reader does not see: the control tokens but for the think tags."""
         return frozenset(number for string, number in self.added.items() if string not in SHOWN)
 
     @cached_property

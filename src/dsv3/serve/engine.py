@@ -1,0 +1,342 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+A step: the scheduler picks what to compute, the runner computes it, tokens are chosen and drafts verified,
+finished sequences give their blocks back. Nothing runs between steps, so requests may be added and aborted
+there; a server calls :meth:`Engine.step` in a loop.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import Tensor
+
+from dsv3.common.errors import UserError
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.model import DeepSeekV3
+from dsv3.serve.attention import install
+from dsv3.serve.blocks import BlockManager
+from dsv3.serve.cache import LatentCache, row_bytes
+from dsv3.serve.params import SamplingParams
+from dsv3.serve.runner import Runner, States
+from dsv3.serve.sampler import logprobs
+from dsv3.serve.scheduler import Chunk, Scheduler
+from dsv3.serve.sequence import Sequence, TokenLogprob
+from dsv3.serve.speculation import Drafter, verify
+from dsv3.serve.text import Detokeniser
+
+BLOCK_SIZE = 16  # tokens a cache block
+MEMORY_SHARE = 0.25  # of the free memory, for the cache, unless told how many tokens
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an engine runs; what a request asks for is in :class:`SamplingParams`.
+
+    ``draft_tokens``: drafts a step by the MTP module, 0 for none. ``max_batch``: sequences at once.
+    ``max_batch_tokens``: tokens a step at most; prompts are cut to fit. ``max_length``: tokens of prompt and
+    answer together; None: what the model was made for, or fewer if the cache is smaller. ``cache_tokens``:
+    tokens the cache holds; None: ``max_batch`` of the greatest length, within a quarter of the free memory.
+    ``cache_dtype``: float32, bfloat16, fp8 or auto, what the model computes in.
+    """
+
+    draft_tokens: int = 0
+    max_batch: int = 16
+    max_batch_tokens: int = 512
+    max_length: int | None = None
+    cache_tokens: int | None = None
+    cache_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, least in (("draft_tokens", 0), ("max_batch", 1), ("max_batch_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} ({value!r}) must be a whole number, at least {least}")
+        for name, least in (("max_length", 2), ("cache_tokens", BLOCK_SIZE)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise UserError(f"{name} ({value!r}) must be a whole number, at least {least}, or None")
+        least = self.max_batch * (1 + self.draft_tokens)
+        if self.max_batch_tokens < least:
+            raise UserError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least {least}, a token and its drafts"
+                f" for each of max_batch ({self.max_batch}) sequences"
+            )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request. ``cached_tokens``: of the prompt, found in the cache. ``drafted``, ``accepted``:
+    tokens the MTP module proposed, and those of them that stood."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step added to one answer of a request. ``usage`` comes with the request's last update."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+@dataclass
+class Stats:
+    """Counted since the engine started. ``accepted_at[j]``: drafts that stood as the j-th of their step."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    drafted_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the drafts that stood; nan without any."""
+        drafted = sum(self.drafted_at)
+        return sum(self.accepted_at) / drafted if drafted else float("nan")
+
+
+class Engine:
+    """A model, its cache and the requests on it. Not thread-safe: one caller at a time.
+
+    ``tokenizer``: None for token ids only (no text, no stop texts). ``vocab_size``: ids from there on are
+    never chosen; None: the tokenizer's.
+    """
+
+    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer | None = None, options: Options | None = None):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.options = options = options or Options()
+        config, drafts = model.config, options.draft_tokens
+        if drafts and not model.mtp_modules:
+            raise UserError(f"draft_tokens ({drafts}) needs an MTP module, and this model has none; use 0")
+        layers = config.num_hidden_layers + bool(drafts)
+        embedding = model.model.embed_tokens
+        dtype, device = embedding.compute_dtype or embedding.weight.dtype, embedding.weight.device
+        kind = str(dtype).removeprefix("torch.") if options.cache_dtype == "auto" else options.cache_dtype
+        longest = options.max_length or config.max_position_embeddings
+        tokens = options.cache_tokens
+        spare = 2 * drafts  # rows of drafts that may turn out to be wrong
+        if tokens is None:
+            row = layers * row_bytes(config.kv_lora_rank, config.qk_rope_head_dim, kind)
+            fits = int(MEMORY_SHARE * _free_memory(device)) // row
+            tokens = max(BLOCK_SIZE * 4, min(options.max_batch * (longest + spare), fits))
+        count = -(-tokens // BLOCK_SIZE)
+        self.max_length = min(longest, count * BLOCK_SIZE - spare)
+        if options.max_length is not None and self.max_length < options.max_length:
+            raise UserError(
+                f"max_length ({options.max_length}) does not fit cache_tokens ({tokens}): raise it to"
+                f" {options.max_length + spare} or lower max_length to {self.max_length}"
+            )
+        self.vocab_size = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
+        self.cache = LatentCache(
+            layers, count * BLOCK_SIZE, config.kv_lora_rank, config.qk_rope_head_dim, kind, dtype, device
+        )
+        self.blocks = BlockManager(count, BLOCK_SIZE)
+        self.scheduler = Scheduler(self.blocks, options.max_batch, options.max_batch_tokens, drafts)
+        self.runner = Runner(model, self.cache)
+        self.drafter = Drafter(model, self.cache, drafts, BLOCK_SIZE, self.vocab_size) if drafts else None
+        self.stats = Stats(drafted_at=[0] * drafts, accepted_at=[0] * drafts)
+        self.requests: dict[str, list[Sequence]] = {}
+        self._unfinished: dict[str, int] = {}  # answers of a request
+        self._added = 0
+        install(model)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.requests)
+
+    def add_request(
+        self, prompt: Many[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> str:
+        """Queue a prompt of token ids; returns the request's id.
+
+        Raises :class:`UserError` for a prompt that is empty, too long or names a token there is not.
+        """
+        params = params or SamplingParams()
+        request_id = f"request-{self._added}" if request_id is None else request_id
+        if request_id in self.requests:
+            raise UserError(f"request_id ({request_id!r}) is in use; choose another")
+        self.check(prompt, params)
+        self._added += 1
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        sequences: list[Sequence] = []
+        for index in range(params.n):
+            sequences.append(
+                Sequence(
+                    request_id, index, list(prompt), params,
+                    seed=seed + 0x2545F4914F6CDD1D * index,
+                    max_length=min(len(prompt) + params.max_tokens, self.max_length),
+                    stop_ids=stop_ids,
+                    text=self._detokeniser(params),
+                    leader=sequences[0] if sequences else None,
+                )
+            )  # fmt: skip
+            self.scheduler.add(sequences[-1])
+        self.requests[request_id] = sequences
+        self._unfinished[request_id] = params.n
+        self.stats.prompt_tokens += len(prompt)
+        return request_id
+
+    def check(self, prompt: Many[int], params: SamplingParams) -> None:
+        """Refuse what cannot be served, before anything is queued."""
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one token (begin of sentence, for example)")
+        if len(prompt) >= self.max_length:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}, answer included:"
+                " shorten it, or raise max_length and cache_tokens"
+            )
+        wrong = next((token for token in prompt if not 0 <= token < self.model.config.vocab_size), None)
+        if wrong is not None:
+            raise UserError(
+                f"the prompt holds token {wrong}; the model knows 0 to {self.model.config.vocab_size - 1}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise UserError(f"stop ({list(params.stop)}) needs a tokenizer; give stop_token_ids without one")
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end every answer: end of sentence, by the tokenizer or else by the configuration."""
+        return frozenset((self.tokenizer.eos_id if self.tokenizer else self.model.config.eos_token_id,))
+
+    def abort(self, request_id: str) -> None:
+        """Give a request up; its blocks are free at once. An id that is not there (any more) is ignored."""
+        self._unfinished.pop(request_id, None)
+        for sequence in self.requests.pop(request_id, []):
+            if not sequence.finished:
+                sequence.finish_reason = "abort"
+                self.scheduler.remove(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[Update]:
+        """Compute a batch; returns what it added to each answer."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        self.stats.steps += 1
+        states = self.runner.run(chunks)
+        if self.drafter:
+            self.drafter.keep_ends(chunks, states)
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        before = [(len(chunk.sequence.tokens), len(chunk.sequence.text.text)) for chunk in sampling]
+        if sampling:
+            self._extend(sampling, self._logits(chunks, states))
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.computed = len(sequence.tokens) - 1 if chunk.samples else chunk.stop
+        if self.drafter:
+            self.drafter.advance(chunks, states)
+        for chunk in chunks:
+            self.blocks.register(chunk.sequence)
+            if chunk.sequence.finished:
+                self.scheduler.remove(chunk.sequence)
+        return [self._update(chunk.sequence, *start) for chunk, start in zip(sampling, before)]
+
+    def _logits(self, chunks: list[Chunk], states: States) -> Tensor:
+        """FP32, the last token's and the drafts' of every sequence that chooses a token."""
+        rows = [
+            begin + place - chunk.start
+            for chunk, begin in zip(chunks, states.begins)
+            if chunk.samples
+            for place in range(len(chunk.sequence.tokens) - 1, chunk.stop)
+        ]
+        hidden = states.hidden_ND[rows]
+        return self.model.lm_head(hidden)[:, : self.vocab_size].float()
+
+    def _extend(self, chunks: list[Chunk], logits_RV: Tensor) -> None:
+        """Choose the next tokens, more than one where drafts stand, and append them."""
+        sequences = [chunk.sequence for chunk in chunks]
+        chosen = verify(logits_RV, sequences)
+        told = _logprobs(logits_RV, sequences, chosen)
+        for sequence, tokens in zip(sequences, chosen):
+            drafted, accepted = len(sequence.drafts), len(tokens) - 1
+            sequence.drafted += drafted
+            sequence.accepted += accepted
+            for place in range(drafted):
+                self.stats.drafted_at[place] += 1
+                self.stats.accepted_at[place] += place < accepted
+            known = len(sequence.tokens)
+            sequence.extend(tokens, told.get(sequence, []))
+            self.stats.completion_tokens += len(sequence.tokens) - known
+
+    def _update(self, sequence: Sequence, tokens: int, shown: int) -> Update:
+        request_id, usage = sequence.request_id, None
+        self._unfinished[request_id] -= sequence.finished
+        if not self._unfinished[request_id]:
+            usage = usage_of(self.requests.pop(request_id))
+            self.stats.cached_tokens += usage.cached_tokens
+            del self._unfinished[request_id]
+        return Update(
+            request_id,
+            sequence.index,
+            sequence.tokens[tokens:],
+            sequence.text.text[shown:],
+            sequence.logprobs[tokens - sequence.prompt_length :],
+            sequence.finish_reason,
+            usage,
+        )
+
+    def _detokeniser(self, params: SamplingParams) -> Detokeniser:
+        if self.tokenizer is None:
+            return Detokeniser(None)
+        hidden = self.tokenizer.hidden_ids if params.skip_special else frozenset[int]()
+        return Detokeniser(self.tokenizer.token_bytes, hidden, params.stop)
+
+
+def usage_of(sequences: Many[Sequence]) -> Usage:
+    """Tokens of a request with these answers; the prompt is counted once."""
+    return Usage(
+        prompt_tokens=sequences[0].prompt_length,
+        completion_tokens=sum(len(s.tokens) - s.prompt_length for s in sequences),
+        cached_tokens=sequences[0].cached_tokens or 0,
+        drafted=sum(s.drafted for s in sequences),
+        accepted=sum(s.accepted for s in sequences),
+    )
+
+
+def _logprobs(
+    logits_RV: Tensor, sequences: Many[Sequence], chosen: Many[list[int]]
+) -> dict[Sequence, list[TokenLogprob]]:
+    """Of the sequences that want them, those of their new tokens."""
+    rows: list[int] = []
+    tokens: list[int] = []
+    counts: list[int] = []
+    first = 0
+    for sequence, new in zip(sequences, chosen):
+        if sequence.params.logprobs is not None:
+            rows += range(first, first + len(new))
+            tokens += new
+            counts += [sequence.params.logprobs] * len(new)
+        first += len(sequence.drafts) + 1
+    if not rows:
+        return {}
+    found = iter(logprobs(logits_RV[rows], tokens, counts))
+    return {
+        sequence: [next(found) for _ in new]
+        for sequence, new in zip(sequences, chosen)
+        if sequence.params.logprobs is not None
+    }
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,158 @@
+"""``dsv3.LLM``: a model to generate with, from a folder or an object, and nothing else to set up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsv3.checkpoint.hf import load
+from dsv3.common.errors import UserError, nearest
+from dsv3.common.progress import Progress
+from dsv3.data.tokenizer import Tokenizer
+from dsv3.model import DeepSeekV3
+from dsv3.serve.engine import Engine, Options, Update, Usage
+from dsv3.serve.params import SamplingParams
+from dsv3.serve.sequence import Sequence, TokenLogprob
+
+Prompt = str | Many[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer. ``finish_reason``: stop, length or abort."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Output:
+    """A prompt's answers, ``params.n`` of them; the attributes of the first are at hand."""
+
+    prompt_token_ids: list[int]
+    completions: list[Completion]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        """The answer's text, without stop texts and control tokens."""
+        return self.completions[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The answer's tokens, with the one that ended it."""
+        return self.completions[0].token_ids
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """One a token if they were asked for, else none."""
+        return self.completions[0].logprobs
+
+    @property
+    def finish_reason(self) -> str:
+        """stop, length or abort."""
+        return self.completions[0].finish_reason
+
+
+class LLM:
+    """Batched generation.
+
+    ``model``: a Hugging Face folder, or a model. ``tokenizer``: None: the folder's, if it has one; without a
+    tokenizer prompts are token ids and answers have no text. ``dtype``, ``device``, ``quantize``: as for
+    :func:`dsv3.load`. ``options``: the fields of :class:`dsv3.serve.engine.Options`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | DeepSeekV3,
+        *,
+        tokenizer: Tokenizer | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        quantize: str | None = None,
+        **options: Any,
+    ):
+        known = Options.__dataclass_fields__
+        unknown = next((name for name in options if name not in known), None)
+        if unknown is not None:
+            raise UserError(f"option {unknown!r} is unknown{nearest(unknown, known)}: {', '.join(known)}")
+        settings = Options(**options)
+        if not isinstance(model, DeepSeekV3):
+            if tokenizer is None and (Path(model) / "tokenizer.json").is_file():
+                tokenizer = Tokenizer.load(model)
+            model = load(model, dtype, device, quantize)
+        elif (dtype, quantize) != (None, None):
+            raise UserError("dtype and quantize are for a folder; a model comes as it is")
+        self.tokenizer = tokenizer
+        self.engine = Engine(model, tokenizer, settings)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt as token ids; an empty text is a begin-of-sentence token."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise UserError("a text prompt needs a tokenizer: pass tokenizer=..., or token ids as the prompt")
+        return self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
+
+    def generate(
+        self,
+        prompts: Prompt | Many[Prompt],
+        params: SamplingParams | Many[SamplingParams] | None = None,
+        progress: bool = False,
+    ) -> list[Output]:
+        """Answer prompts (texts, or lists of token ids), in the order given; all share the batches.
+
+        ``params``: for all, or one each. ``progress`` shows a bar of finished prompts.
+        """
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]  # type: ignore[arg-type]
+        wishes = [params or SamplingParams()] * len(many) if not isinstance(params, Many) else list(params)
+        if len(wishes) != len(many):
+            raise UserError(f"params ({len(wishes)}) must be one, or as many as prompts ({len(many)})")
+        for prompt, wish in zip(many, wishes):
+            self.engine.check(prompt, wish)
+        requests = {}
+        for prompt, wish in zip(many, wishes):
+            request = self.engine.add_request(prompt, wish)
+            requests[request] = self.engine.requests[request]
+        usages: dict[str, Usage] = {}
+        with Progress("generate", len(many), "prompts") if progress else nullcontext() as bar:
+            try:
+                while len(usages) < len(requests):
+                    for update in self.engine.step():
+                        if update.usage is not None and update.request_id in requests:
+                            usages[update.request_id] = update.usage
+                            if bar is not None:
+                                bar.advance(1)
+            except BaseException:  # Ctrl-C: the next call must not find these
+                for request in requests:
+                    self.engine.abort(request)
+                raise
+        return [
+            Output(prompt, [_completion(sequence) for sequence in requests[request]], usages[request])
+            for prompt, request in zip(many, requests)
+        ]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Update]:
+        """The updates of one prompt as they come; leaving the loop early gives the request up."""
+        request = self.engine.add_request(self.encode(prompt), params)
+        try:
+            while request in self.engine.requests:
+                for update in self.engine.step():
+                    if update.request_id == request:
+                        yield update
+        finally:
+            self.engine.abort(request)
+
+
+def _completion(sequence: Sequence) -> Completion:
+    assert sequence.finish_reason is not None
+    return Completion(sequence.text.text, sequence.answer, sequence.logprobs, sequence.finish_reason)
