@@ -2,7 +2,8 @@
 
 Shapes: M rows (flattened tokens, sorted by expert where there are experts), D hidden, F expert hidden, E
 experts. Weights stay FP32, as do their gradients; they are quantised where they are used, so that nothing has
-to be told when an optimizer changes them.
+to be told when an optimizer changes them. torch.compile leaves these modules alone: their pieces are kernels
+already, and tracing the experts of one layer takes minutes.
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ class FP8Linear(Linear):
         self.weight = linear.weight
         self.recipe, self.after_attention = recipe, after_attention
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]`` in x's dtype."""
         x_MD = x.flatten(0, -2)
@@ -207,6 +209,7 @@ class FP8MLP(MLP):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.recipe = recipe
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
@@ -221,6 +224,7 @@ class FP8Experts(Experts):
         self.gate_proj, self.up_proj, self.down_proj = experts.gate_proj, experts.up_proj, experts.down_proj
         self.recipe = recipe
 
+    @torch.compiler.disable
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert: ``[M, D] -> [M, D]``."""
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
