@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv3.common.errors import UserError
 from dsv3.serve.cache import LatentCache, row_bytes
 
 
@@ -43,8 +42,3 @@ def test_fp8_row_is_laid_out_as_flashmla() -> None:
     assert torch.equal(scales, rows[1, :512].view(4, 128).abs().amax(dim=1) / 448)
     torch.testing.assert_close((numbers * scales[:, None]).flatten(), cache.read(1, slice(3, 4))[0, :512])
     assert torch.equal(rope, rows[1, 512:].bfloat16())
-
-
-def test_unknown_kind() -> None:
-    with pytest.raises(UserError, match=r"cache_dtype \('fp4'\) must be one of float32, bfloat16, fp8"):
-        LatentCache(1, 1, 8, 2, "fp4", torch.float32)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv3.common.errors import UserError
 from dsv3.ops.blocks import ROW, Quantised, dequantise, quantise
 from dsv3.ops.formats import E4M3
 
@@ -35,8 +34,6 @@ class LatentCache:
         self, layers: int, slots: int, latent: int, rope: int, kind: str, dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):  # fmt: skip
-        if kind not in FORMATS:
-            raise UserError(f"cache_dtype ({kind!r}) must be one of {', '.join(FORMATS)}")
         self.latent, self.rope, self.kind, self.dtype = latent, rope, kind, dtype
         self.tiles = -(-latent // TILE)
         width = row_bytes(latent, rope, kind) if kind == "fp8" else latent + rope

@@ -20,7 +20,7 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
 from dsv3.serve.attention import install
 from dsv3.serve.blocks import BlockManager
-from dsv3.serve.cache import LatentCache, row_bytes
+from dsv3.serve.cache import FORMATS, LatentCache, row_bytes
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.runner import Runner, States
 from dsv3.serve.sampler import logprobs
@@ -60,6 +60,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise UserError(f"{name} ({value!r}) must be a whole number, at least {least}, or None")
+        if self.cache_dtype not in ("auto", *FORMATS):
+            raise UserError(f"cache_dtype ({self.cache_dtype!r}) must be one of auto, {', '.join(FORMATS)}")
         least = self.max_batch * (1 + self.draft_tokens)
         if self.max_batch_tokens < least:
             raise UserError(
@@ -127,7 +129,9 @@ class Engine:
         layers = config.num_hidden_layers + bool(drafts)
         embedding = model.model.embed_tokens
         dtype, device = embedding.compute_dtype or embedding.weight.dtype, embedding.weight.device
-        kind = str(dtype).removeprefix("torch.") if options.cache_dtype == "auto" else options.cache_dtype
+        kind = options.cache_dtype
+        if kind == "auto":
+            kind = "bfloat16" if dtype == torch.bfloat16 else "float32"
         longest = options.max_length or config.max_position_embeddings
         tokens = options.cache_tokens
         spare = 2 * drafts  # rows of drafts that may turn out to be wrong

@@ -65,15 +65,14 @@ def adjust(logits_RV: Tensor, rows: Many[Row]) -> Tensor:
 
 def _penalise(logits_V: Tensor, row: Row, params: SamplingParams) -> None:
     sequence, size, device = row.sequence, len(logits_V), logits_V.device
-    answer = torch.tensor([*sequence.answer, *row.guessed], dtype=torch.int64, device=device)
     if params.repetition_penalty != 1:
-        prompt = torch.tensor(sequence.tokens[: sequence.prompt_length], device=device)
-        seen = torch.cat((prompt, answer)).unique()
+        seen = torch.tensor([*sequence.tokens, *row.guessed], device=device).unique()
         seen = seen[seen < size]
         found = logits_V[seen]
         factor = params.repetition_penalty
         logits_V[seen] = torch.where(found > 0, found / factor, found * factor)
     if params.presence_penalty or params.frequency_penalty:
+        answer = torch.tensor([*sequence.answer, *row.guessed], dtype=torch.int64, device=device)
         counts_V = torch.bincount(answer, minlength=size)[:size]
         logits_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
 

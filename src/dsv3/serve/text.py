@@ -34,9 +34,11 @@ class Detokeniser:
         return self._settle()
 
     def _settle(self) -> bool:
-        found = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0]
-        if found:
-            self.text += self._pending[: min(found)]
+        found = [
+            (place + len(stop), place) for stop in self._stops if (place := self._pending.find(stop)) >= 0
+        ]
+        if found:  # the one complete first, so that it does not matter how the text was cut into tokens
+            self.text += self._pending[: min(found)[1]]
             self._pending = ""
             return True
         kept = max((_overlap(self._pending, stop) for stop in self._stops), default=0)

@@ -1,0 +1,218 @@
+"""``dsv3.LLM``: the public face, beside transformers and the plain generator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dsv3
+from dsv3.data.tokenizer import Tokenizer, train
+from dsv3.evaluate.sample import complete, generate
+from dsv3.model import DeepSeekV3
+from dsv3.serve.engine import Engine, Options
+from tests.model.build import tiny_model
+from tests.model.transformers_twin import twin_of
+
+GREEDY = dsv3.SamplingParams(max_tokens=12, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    text = "def add(a, b):\n    return a + b\n\n日本語 é 🙂 some words and some more words\n"
+    return train([text] * 20, 340)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> DeepSeekV3:
+    return tiny_model(vocab_size=tokenizer.vocab_size + 5, num_nextn_predict_layers=1)
+
+
+@pytest.fixture(scope="module")
+def llm(model: DeepSeekV3, tokenizer: Tokenizer) -> dsv3.LLM:
+    return dsv3.LLM(model, tokenizer=tokenizer, draft_tokens=1, cache_tokens=2048, max_length=256)
+
+
+def test_from_a_folder(model: DeepSeekV3, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The lines of the design."""
+    dsv3.save(model, tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    llm = dsv3.LLM(tmp_path / "model", draft_tokens=1, cache_tokens=512)
+    (out,) = llm.generate(["def add(a, b):"], dsv3.SamplingParams(max_tokens=16, temperature=0))
+    assert out.text == complete(model, tokenizer, "def add(a, b):", max_tokens=16)
+    assert out.text == tokenizer.decode(out.token_ids, skip_special=True)
+    assert out.finish_reason in ("stop", "length")
+    assert out.usage.prompt_tokens == len(tokenizer.encode("def add(a, b):")) == len(out.prompt_token_ids)
+    assert out.usage.completion_tokens == len(out.token_ids) <= 16
+    assert out.usage.drafted >= out.usage.accepted >= 0
+
+
+def test_greedy_is_transformers_greedy(llm: dsv3.LLM, model: DeepSeekV3) -> None:
+    twin = twin_of(model)
+    prompts = [[5, 6, 7, 8], [9] * 33, [40, 3, 77]]
+    outs = llm.generate(prompts, replace(GREEDY, max_tokens=24, ignore_eos=True))
+    vocab = llm.engine.vocab_size
+    for prompt, out in zip(prompts, outs):
+        found = twin.generate(
+            torch.tensor([prompt]), max_new_tokens=24, min_new_tokens=24, do_sample=False,
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long), pad_token_id=0, eos_token_id=None,
+            suppress_tokens=list(range(vocab, model.config.vocab_size)),
+        )  # fmt: skip
+        assert out.token_ids == found[0, len(prompt) :].tolist()
+
+
+def test_many_prompts_and_a_wish_each(llm: dsv3.LLM, model: DeepSeekV3) -> None:
+    prompts = [[3, 4, 5], "some words", [7] * 40]
+    wishes = [replace(GREEDY, max_tokens=n, ignore_eos=True) for n in (3, 9, 6)]
+    outs = llm.generate(prompts, wishes)
+    vocab = llm.engine.vocab_size
+    for prompt, wish, out in zip(prompts, wishes, outs):
+        assert out.token_ids == generate(model, llm.encode(prompt), wish.max_tokens, vocab_size=vocab)
+    assert llm.generate("some words", wishes[1])[0].token_ids == outs[1].token_ids
+    assert llm.generate([7] * 40, wishes[2])[0].usage.cached_tokens == 32
+    assert llm.generate([]) == []
+
+
+def test_seeds(llm: dsv3.LLM) -> None:
+    wish = dsv3.SamplingParams(max_tokens=20, temperature=1.5, seed=7, n=3, ignore_eos=True)
+    (first,), (again,) = llm.generate([[4, 5]], wish), llm.generate([[4, 5]], wish)
+    assert first.completions == again.completions
+    assert len({tuple(c.token_ids) for c in first.completions}) == 3
+    assert llm.generate([[4, 5]], replace(wish, n=1))[0].token_ids == first.token_ids
+    free = replace(wish, seed=None, n=1)
+    assert llm.generate([[4, 5]], free)[0].token_ids != llm.generate([[4, 5]], free)[0].token_ids
+    assert first.usage.completion_tokens == 60 and first.usage.prompt_tokens == 2
+
+
+def test_stops(llm: dsv3.LLM, tokenizer: Tokenizer) -> None:
+    wish = replace(GREEDY, max_tokens=40, ignore_eos=True)
+    (whole,) = llm.generate([[3, 4, 5]], wish)
+    stop = whole.text[6:9]
+    (cut,) = llm.generate([[3, 4, 5]], replace(wish, stop=[stop]))
+    assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    ended = whole.token_ids[5]
+    (out,) = llm.generate([[3, 4, 5]], replace(wish, stop_token_ids=[ended]))
+    assert (
+        out.token_ids == whole.token_ids[: whole.token_ids.index(ended) + 1] and out.finish_reason == "stop"
+    )
+    assert out.text == tokenizer.decode(out.token_ids[:-1], skip_special=True)
+    (eos,) = llm.generate([[3, 4, 5]], replace(wish, ignore_eos=False, logit_bias={tokenizer.eos_id: 100}))
+    assert eos.token_ids == [tokenizer.eos_id] and eos.text == "" and eos.finish_reason == "stop"
+
+
+def test_logprobs(llm: dsv3.LLM, model: DeepSeekV3) -> None:
+    (out,) = llm.generate([[3, 4, 5]], replace(GREEDY, logprobs=3, ignore_eos=True))
+    assert [found.token_id for found in out.logprobs] == out.token_ids
+    text = torch.tensor([[3, 4, 5, *out.token_ids]])
+    with torch.no_grad():
+        logits = model(text, mtp=False).logits_BTV[0, 2:-1, : llm.engine.vocab_size]
+    wanted = logits.log_softmax(-1)
+    for row, found in zip(wanted, out.logprobs):
+        assert abs(float(row[found.token_id]) - found.logprob) < 1e-3
+        assert found.top[0] == (found.token_id, found.logprob) and len(found.top) == 3
+    (none,) = llm.generate([[3, 4, 5]], GREEDY)
+    assert none.logprobs == []
+
+
+def test_stream_and_leaving_it(llm: dsv3.LLM) -> None:
+    wish = replace(GREEDY, max_tokens=30, ignore_eos=True)
+    (whole,) = llm.generate(["some words"], wish)
+    updates = list(llm.stream("some words", wish))
+    assert "".join(update.text for update in updates) == whole.text
+    assert [token for update in updates for token in update.token_ids] == whole.token_ids
+    assert updates[-1].finish_reason == "length" and updates[-1].usage is not None
+    assert all(update.finish_reason is None for update in updates[:-1])
+    for _ in llm.stream("some words", wish):
+        break
+    assert not llm.engine.busy and llm.engine.blocks.used == 0
+
+
+def test_ctrl_c_leaves_nothing_behind(llm: dsv3.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = llm.engine.runner.run, []
+
+    def interrupted(chunks: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(chunks)
+
+    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[1, 2, 3], [4] * 50], GREEDY)
+    assert not llm.engine.busy and llm.engine.blocks.used == 0
+
+
+@pytest.mark.parametrize("kind, share", [("bfloat16", 0.9), ("fp8", 0.5)])
+def test_smaller_caches_give_nearly_the_same(model: DeepSeekV3, kind: str, share: float) -> None:
+    """Tokens of a random model are close calls; most stay, and cut or cached prompts change none."""
+    prompts = [[5, 6, 7] * 12, [9] * 33, [40, 3, 77]]
+    wish = replace(GREEDY, max_tokens=8, ignore_eos=True)
+    exact = dsv3.LLM(model, cache_tokens=1024).generate(prompts, wish)
+    small = dsv3.LLM(model, cache_tokens=1024, cache_dtype=kind)
+    first = small.generate(prompts, wish)
+    same = [a == b for x, y in zip(exact, first) for a, b in zip(x.token_ids, y.token_ids)]
+    assert sum(same) / len(same) >= share
+    again = small.generate(prompts, wish)
+    assert [o.token_ids for o in again] == [o.token_ids for o in first]
+    assert again[0].usage.cached_tokens == 32
+    cut = dsv3.LLM(model, cache_tokens=1024, cache_dtype=kind, max_batch=2, max_batch_tokens=5)
+    assert [o.token_ids for o in cut.generate(prompts, wish)] == [o.token_ids for o in first]
+
+
+def test_bfloat16_model_generates(model: DeepSeekV3) -> None:
+    import copy
+
+    half = copy.deepcopy(model).bfloat16()
+    llm = dsv3.LLM(half, cache_tokens=512, draft_tokens=2)
+    assert llm.engine.cache.rows.dtype == torch.bfloat16
+    (out,) = llm.generate([[3, 4, 5] * 9], replace(GREEDY, ignore_eos=True))
+    assert len(out.token_ids) == 12
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"draft_token": 1}, r"option 'draft_token' is unknown \(did you mean draft_tokens\?\)"),
+        ({"draft_tokens": -1}, r"draft_tokens \(-1\) must be a whole number, at least 0"),
+        ({"max_batch": 0}, r"max_batch \(0\)"),
+        ({"max_batch": 8, "max_batch_tokens": 7}, r"max_batch_tokens \(7\) must be at least 8"),
+        ({"cache_tokens": 100, "max_length": 200}, r"max_length \(200\) does not fit cache_tokens \(100\)"),
+        ({"cache_dtype": "int4"}, r"cache_dtype \('int4'\) must be one of auto, float32, bfloat16, fp8"),
+        ({"dtype": "bfloat16"}, "dtype and quantize are for a folder"),
+    ],
+)
+def test_options_refused(model: DeepSeekV3, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(dsv3.UserError, match=message):
+        dsv3.LLM(model, **options)
+
+
+def test_requests_refused(llm: dsv3.LLM, model: DeepSeekV3) -> None:
+    engine = llm.engine
+    for prompt, message in (
+        ([], "the prompt is empty"),
+        ([1] * 256, r"the prompt has 256 tokens and max_length is 256"),
+        ([1, 10**6], "the prompt holds token 1000000"),
+    ):
+        with pytest.raises(dsv3.UserError, match=message):
+            llm.generate([[1, 2], prompt])
+        assert not engine.busy  # the good one was not queued either
+    with pytest.raises(dsv3.UserError, match=r"params \(1\) must be one, or as many as prompts \(2\)"):
+        llm.generate([[1], [2]], [GREEDY])
+    bare = Engine(model, options=Options(cache_tokens=256))
+    with pytest.raises(dsv3.UserError, match="needs a tokenizer; give stop_token_ids"):
+        bare.add_request([1], dsv3.SamplingParams(stop="a"))
+    bare.add_request([1], GREEDY, "mine")
+    with pytest.raises(dsv3.UserError, match=r"request_id \('mine'\) is in use"):
+        bare.add_request([1], GREEDY, "mine")
+    with pytest.raises(dsv3.UserError, match="a text prompt needs a tokenizer"):
+        dsv3.LLM(model, cache_tokens=256).generate("text")
+
+
+def test_an_answer_ends_where_the_cache_does(model: DeepSeekV3) -> None:
+    llm = dsv3.LLM(model, cache_tokens=32, draft_tokens=1)
+    (out,) = llm.generate([[1, 2, 3]], replace(GREEDY, max_tokens=100, ignore_eos=True))
+    assert out.finish_reason == "length" and len(out.token_ids) + 3 == llm.engine.max_length == 30
