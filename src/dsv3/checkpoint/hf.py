@@ -251,16 +251,22 @@ def read_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the folder of a Hugging Face checkpoint")
     config = ModelConfig.from_pretrained(folder)
-    stored = config.extra.get("quantization_config")
-    if stored:
-        facts = stored if isinstance(stored, dict) else {}
-        method, wanted = facts.get("quant_method"), [*BLOCK]
-        if method != "fp8" or facts.get("weight_block_size", wanted) != wanted:
-            raise UserError(
-                f"{path}: quantization_config ({stored}) is not supported; only fp8 in {wanted} is"
-            )
+    stored_quantization(folder)
     extra = {key: value for key, value in config.extra.items() if key not in _OF_THE_FOLDER}
     return config.model_copy(update={"extra": extra})
+
+
+def stored_quantization(folder: Path) -> dict[str, Any]:
+    """``quantization_config`` of ``config.json``, empty without one; refuses what is not FP8 in blocks."""
+    stored = ModelConfig.from_pretrained(folder).extra.get("quantization_config")
+    if not stored:
+        return {}
+    facts = stored if isinstance(stored, dict) else {}
+    method, wanted = facts.get("quant_method"), [*BLOCK]
+    if method != "fp8" or facts.get("weight_block_size", wanted) != wanted:
+        path = folder / "config.json"
+        raise UserError(f"{path}: quantization_config ({stored}) is not supported; only fp8 in {wanted} is")
+    return facts
 
 
 def _allocate(model: nn.Module, dtypes: dict[str, torch.dtype], device: torch.device) -> None:

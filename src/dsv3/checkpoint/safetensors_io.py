@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3.checkpoint.errors import CheckpointError
 from dsv3.common.errors import UserError
 
 CHUNK = 4 * 2**20  # bytes; large enough for full disk speed, small beside any model
@@ -137,7 +138,10 @@ class SafetensorsFile:
     def _fill(self, view: memoryview, place: int) -> None:
         """Read exactly ``len(view)`` bytes from ``place`` on (one system call gives at most 2 GB)."""
         while len(view):
-            got = os.preadv(self._file.fileno(), [view], place)
+            try:
+                got = os.preadv(self._file.fileno(), [view], place)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
             if not got:
                 raise self._refuse("it ends early")
             view, place = view[got:], place + got

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsv3.checkpoint import fp8, names
 from dsv3.checkpoint.errors import some
 from dsv3.checkpoint.fp8 import FP8
-from dsv3.checkpoint.safetensors_io import Entry, SafetensorsFile
+from dsv3.checkpoint.safetensors_io import Entry, Kind, SafetensorsFile
 from dsv3.common.errors import UserError
 from dsv3.model import DeepSeekV3
 
@@ -128,6 +128,20 @@ class Weights:
             found[ours] = torch.promote_types(found.get(ours, kind), kind)  # experts may differ
         return found
 
+    def kind(self, name: str) -> Kind:
+        """A tensor's dtype and shape as stored."""
+        return self.entries[name].dtype, self.entries[name].shape
+
+    def in_order(self) -> list[str]:
+        """Names of all tensors but scales, in the order of the files."""
+        weights = [name for name in self.entries if not names.is_scale(name)]
+        return sorted(weights, key=lambda name: (self._files[name].path, self.entries[name].start))
+
+    def state(self) -> dict[str, list[int]]:
+        """Size in bytes and time of the last change, in nanoseconds, of every file now: to see changes."""
+        found = {file.path: file.path.stat() for file in self._files.values()}
+        return {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(found.items())}
+
     def file_of(self, name: str) -> SafetensorsFile:
         """The file that holds a tensor."""
         return self._files[name]
@@ -145,11 +159,12 @@ class Weights:
         def put(name: str, first: int, piece: Tensor) -> None:
             wanted[name].view(-1)[first : first + piece.numel()].copy_(piece.view(-1))
 
-        weights = [name for name in wanted if not names.is_scale(name)]
-        for name in sorted(weights, key=lambda name: (self._files[name].path, self.entries[name].start)):
-            entry, into = self.entries[name], wanted[name]
-            if FP8 in (entry.dtype, into.dtype):
-                fp8.translate(name, (entry.dtype, entry.shape), into.dtype, self.rows, put)
+        for name in self.in_order():
+            if name not in wanted:
+                continue  # an MTP layer's copy
+            into = wanted[name]
+            if FP8 in (self.entries[name].dtype, into.dtype):
+                fp8.translate(name, self.kind(name), into.dtype, self.rows, put)
             else:
                 self._files[name].read(name, into)
 
