@@ -16,13 +16,17 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return weight_D.to(x.dtype) * normalised.to(x.dtype)
 
 
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """Two passes forward, four backward, and only the input kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight_D, inverse)
         return (x * inverse).mul_(weight_D)
 
@@ -43,6 +47,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight``, same shape and dtype as ``x``; statistics in FP32."""
     exact = x.dtype in (torch.float32, torch.float64)
     if exact and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():  # a generated token passes many norms: no autograd node each
+            return (x * _inverse_rms(x, eps)).mul_(weight_D)
         return _RMSNorm.apply(x, weight_D, eps)
     if x.device.type == "cuda":
         return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)

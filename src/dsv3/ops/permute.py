@@ -92,9 +92,13 @@ def gather_rows(x_ND: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
 
     The gradient is a gather and a sum (each token's rows are known), not a scatter with collisions.
     """
+    if not torch.is_grad_enabled():
+        return x_ND.index_select(0, order_M // inverse_NK.shape[1])
     return _Gather.apply(x_ND, order_M, inverse_NK)
 
 
 def weighted_sum(y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
     """Back from rows to tokens: ``out[n] = sum_k gates[n, k] y[inverse[n, k]]``, ``[N, D]`` in y's dtype."""
+    if not torch.is_grad_enabled():
+        return _sum_rows(y_MD, inverse_NK, gates_NK)
     return _WeightedSum.apply(y_MD, gates_NK, order_M, inverse_NK)

@@ -57,6 +57,10 @@ def rotate_reference(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
+def _turn(x: Tensor, turn: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
 class _Rotate(torch.autograd.Function):
     """A pair is a complex number and a rotation a product: one pass forward, one backward."""
 
@@ -64,7 +68,7 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
         turn = torch.view_as_complex(rotation.to(x.dtype))
         ctx.save_for_backward(turn)
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+        return _turn(x, turn)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -81,5 +85,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     exact = x.dtype in (torch.float32, torch.float64)
     even_strides = x.stride(-1) == 1 and all(s % 2 == 0 for s in (*x.stride()[:-1], x.storage_offset()))
     if exact and even_strides and not torch.compiler.is_compiling():
+        if not torch.is_grad_enabled():
+            return _turn(x, torch.view_as_complex(rotation.to(x.dtype)))
         return _Rotate.apply(x, rotation)
     return rotate_reference(x, rotation)
