@@ -101,8 +101,7 @@ def _grouped_linear_grad(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, Non
 _grouped_linear.register_autograd(_grouped_linear_grad, setup_context=_save_inputs)
 
 
-@torch.library.custom_op("dsv3::grouped_swiglu", mutates_args=(), device_types="cpu")
-def _grouped_swiglu(
+def _swiglu(
     x_MD: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, counts_E: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty_like(x_MD)
@@ -114,6 +113,11 @@ def _grouped_swiglu(
         torch.mm(x, up_EFD[expert].T, out=up)
         torch.mm(F.silu(gate).mul_(up), down_EDF[expert].T, out=out[start:stop])
     return out, gate_MF, up_MF
+
+
+_grouped_swiglu = torch.library.custom_op("dsv3::grouped_swiglu", mutates_args=(), device_types="cpu")(
+    _swiglu
+)
 
 
 @_grouped_swiglu.register_fake
@@ -204,6 +208,9 @@ def grouped_swiglu(
     Kept for the backward: x and the outputs of gate and up; the product of the two is made again there.
     """
     if x_MD.device.type == "cpu":
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The same without an operator's ceremony, the first call of which imports the compiler (2 s).
+            return _swiglu(x_MD, gate_EFD, up_EFD, down_EDF, counts_E)[0]
         return _grouped_swiglu(x_MD, gate_EFD, up_EFD, down_EDF, counts_E)[0]
     gate_MF = grouped_linear(x_MD, gate_EFD, counts_E)
     up_MF = grouped_linear(x_MD, up_EFD, counts_E)
