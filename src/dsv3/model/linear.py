@@ -90,5 +90,14 @@ class Experts(nn.Module):
 
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert: ``[M, D] -> [M, D]``."""
-        gate, up, down = (x.weight.to(x_MD.dtype) for x in (self.gate_proj, self.up_proj, self.down_proj))
-        return grouped_swiglu(x_MD, gate, up, down, counts_E)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if all(type(module) is GroupedLinear for module in (gate, up, down)):
+            return grouped_swiglu(
+                x_MD,
+                gate.weight.to(x_MD.dtype),
+                up.weight.to(x_MD.dtype),
+                down.weight.to(x_MD.dtype),
+                counts_E,
+            )
+        # Swapped from outside (another number format): its own products.
+        return down(F.silu(gate(x_MD, counts_E)) * up(x_MD, counts_E), counts_E)

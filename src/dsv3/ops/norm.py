@@ -26,27 +26,34 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        inverse = _inverse_rms(x, eps)
+        exact = _exact(x)
+        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight_D, inverse)
-        return (x * inverse).mul_(weight_D)
+        return (exact * inverse).to(x.dtype).mul_(weight_D)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, inverse = ctx.saved_tensors
-        normalised = (x * inverse).reshape(-1, x.shape[-1])
-        grad = grad.reshape(normalised.shape)
+        normalised = (_exact(x) * inverse).reshape(-1, x.shape[-1])
+        grad = _exact(grad).reshape(normalised.shape)
+        weight = weight_D.to(grad.dtype)
         product = grad * normalised
         grad_weight = product.sum(dim=0)
-        along = torch.mv(product, weight_D)[:, None].div_(x.shape[-1])
-        grad_x = torch.mul(grad, weight_D, out=product)
+        along = torch.mv(product, weight)[:, None].div_(x.shape[-1])
+        grad_x = torch.mul(grad, weight, out=product)
         grad_x.addcmul_(normalised, along, value=-1).mul_(inverse.reshape(-1, 1))
-        return grad_x.view_as(x), grad_weight, None
+        return grad_x.view_as(x).to(x.dtype), grad_weight.to(weight_D.dtype), None
+
+
+def _exact(x: Tensor) -> Tensor:
+    """At least FP32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight``, same shape and dtype as ``x``; statistics in FP32."""
-    exact = x.dtype in (torch.float32, torch.float64)
-    if exact and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         if not torch.is_grad_enabled():  # a generated token passes many norms: no autograd node each
             return (x * _inverse_rms(x, eps)).mul_(weight_D)
         return _RMSNorm.apply(x, weight_D, eps)
