@@ -14,6 +14,7 @@ import torch
 from dsv3.checkpoint.hf import load
 from dsv3.common.errors import UserError, nearest
 from dsv3.common.progress import Progress
+from dsv3.data.fim import join
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
 from dsv3.serve.engine import Engine, Options, Update, Usage
@@ -94,13 +95,19 @@ class LLM:
         self.tokenizer = tokenizer
         self.engine = Engine(model, tokenizer, settings)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt as token ids; an empty text is a begin-of-sentence token."""
+    def encode(self, prompt: Prompt, suffix: str | None = None) -> list[int]:
+        """A prompt as token ids; an empty text is a begin-of-sentence token.
+
+        With ``suffix``: fill in the middle, what is asked for stands between the two (PSM, report 4.1).
+        """
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         if self.tokenizer is None:
             raise UserError("a text prompt needs a tokenizer: pass tokenizer=..., or token ids as the prompt")
-        return self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
+        ids = self.tokenizer.encode(prompt)
+        if suffix is not None:
+            return join(self.tokenizer, ids, [], self.tokenizer.encode(suffix))
+        return ids or [self.tokenizer.bos_id]
 
     def generate(
         self,

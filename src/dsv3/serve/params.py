@@ -22,11 +22,11 @@ class SamplingParams:
     ``frequency_penalty`` are subtracted once, or once an occurrence, for tokens of the answer. ``logit_bias``
     is added to the logits of the token ids it names.
 
-    ``seed`` makes the answer repeatable, whatever else is in the batch; None draws a new one. ``n`` answers a
-    prompt. ``stop``: texts that end the answer and are left out of it; ``stop_token_ids``: tokens that end
-    it, beside end of sentence, which ``ignore_eos`` takes for an ordinary one. ``logprobs``: None for none,
-    else how many alternatives beside the chosen token. ``skip_special``: leave control tokens out of the
-    text.
+    ``seed`` makes the answer repeatable, whatever else is in the batch (sampled with drafts and without, the
+    tokens differ; greedy they do not); None draws a new one. ``n`` answers a prompt. ``stop``: texts that end
+    the answer and are left out of it; ``stop_token_ids``: tokens that end it, beside end of sentence, which
+    ``ignore_eos`` takes for an ordinary one. ``logprobs``: None for none, else how many alternatives beside
+    the chosen token. ``skip_special``: leave control tokens out of the text.
 
     Raises :class:`UserError` naming the field.
     """

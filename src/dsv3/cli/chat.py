@@ -1,0 +1,72 @@
+"""``dsv3 chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from dsv3.cli.generate import DRAFTS, open_llm
+
+if TYPE_CHECKING:
+    from dsv3.serve.llm import LLM
+    from dsv3.serve.params import SamplingParams
+
+app = typer.Typer()
+
+
+@app.command()
+def chat(
+    folder: Path = typer.Argument(help="Hugging Face folder of a model, with its tokenizer"),
+    system: str = typer.Option(None, "--system", help="system prompt"),
+    max_tokens: int = typer.Option(512, "--max-tokens", min=1, help="tokens an answer"),
+    temperature: float = typer.Option(0.6, "--temperature", min=0.0, help="0: the likeliest token each time"),
+    top_p: float = typer.Option(0.95, "--top-p", help="share of the probability to draw from; 1: all"),
+    seed: int = typer.Option(None, "--seed", min=0, help="of the sampling; not given: new ones"),
+    draft_tokens: int = typer.Option(None, "--draft-tokens", min=0, max=8, help=DRAFTS),
+) -> None:
+    """Talk with a model. Ctrl-C ends an answer, /new a conversation, Ctrl-D or /exit the program."""
+    from dsv3.serve.params import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    llm = open_llm(folder, draft_tokens)
+    beginning = [{"role": "system", "content": system}] if system else []
+    messages = list(beginning)
+    while True:
+        try:
+            said = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        if said.strip() == "/exit":
+            return
+        if said.strip() == "/new":
+            messages = list(beginning)
+        elif said.strip():
+            messages.append({"role": "user", "content": said})
+            _answer(llm, messages, params)
+
+
+def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> None:
+    """Stream the answer to the last message and add it; a question that cannot be answered is taken back."""
+    from dsv3.common.errors import UserError
+    from dsv3.data.chat import encode
+
+    assert llm.tokenizer is not None
+    text = ""
+    try:
+        prompt, _ = encode(llm.tokenizer, messages, add_generation_prompt=True)
+        for update in llm.stream(prompt, params):
+            text += update.text
+            typer.echo(update.text, nl=False)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        typer.echo(f"dsv3: {error} (/new begins anew)", err=True)
+        messages.pop()
+        return
+    typer.echo()
+    messages.append({"role": "assistant", "content": text})
