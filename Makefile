@@ -18,13 +18,19 @@ $(VENV)/ready: pyproject.toml requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+# A CUDA build of torch brings the Triton it was made with; a CPU build brings none, and tests of kernels need one.
+$(VENV)/triton: $(VENV)/ready
+	$(BIN)/python -c 'import triton' 2>/dev/null || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check --no-deps "triton==3.9.0; sys_platform == 'linux'"
+	touch $@
+
 quickstart: $(VENV)/ready   ## train a tiny model, sample from it, draw the pictures (under 10 minutes on 2 cores)
 	$(BIN)/dsv3 quickstart
 
-test: $(VENV)/ready         ## the test suite
+test: $(VENV)/triton        ## the test suite
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/ready     ## also the slow, GPU and network tests
+test-all: $(VENV)/triton    ## also the slow, GPU and network tests
 	$(BIN)/python -m pytest -m ''
 
 lint: $(VENV)/ready         ## ruff, mypy, and DESIGN's floors
