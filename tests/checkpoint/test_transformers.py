@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsv3.checkpoint import names
+from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.hf import load, save
 from dsv3.config.model import RopeScaling
 from tests.checkpoint.conftest import random_model, same
@@ -108,3 +109,28 @@ def test_every_way_to_write_yarn(tmp_path: Path, style: str) -> None:
     path.write_text(json.dumps(tree))
     back = load(tmp_path / "a")
     assert back.config == model.config and same(back, model)
+
+
+@pytest.mark.parametrize("scale_format", ["float", "ue8m0"])
+def test_transformers_reads_our_fp8(tmp_path: Path, scale_format: str) -> None:
+    """Without a GPU it dequantises while loading.
+
+    Sizes above 128 are multiples of it: where they are not, it takes ceil(n / 128) equal blocks, or refuses.
+    """
+    sizes = dict(
+        hidden_size=256, intermediate_size=384, q_lora_rank=128, kv_lora_rank=96, qk_nope_head_dim=32,
+        qk_rope_head_dim=32, v_head_dim=32, num_attention_heads=4, initializer_range=0.05,
+    )  # fmt: skip
+    save(random_model(**sizes), tmp_path / "bf16", dtype="bfloat16", max_shard_bytes=2**20)
+    convert(tmp_path / "bf16", tmp_path / "fp8", "fp8", scale_format)
+    theirs = _theirs(
+        tmp_path / "fp8"
+    ).float()  # what is not in FP8 it leaves in BF16, whatever dtype is asked
+    ours = load(tmp_path / "fp8", dtype=torch.float32, quantize="fp8")
+    ids = torch.randint(0, 96, (2, 100))
+    with torch.no_grad():
+        logits = ours(ids).logits_BTV
+        assert logits.std() > 0.3
+        torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-5, rtol=0)
+        unquantised = load(tmp_path / "bf16", dtype=torch.float32)(ids).logits_BTV
+        assert (unquantised - logits).abs().max() > 0.01  # FP8 it was

@@ -4,8 +4,9 @@ Every file of the source becomes a file of the same name. Threads draw its tenso
 their places; reading, writing and the compiled kernels leave the interpreter to the others.
 
 Memory: no tensor is read whole. A worker holds a band of a tensor's rows (:data:`dsv3.checkpoint.fp8.BAND`
-numbers, or 128 rows where that is more) as stored, as FP32 and as written: at most 16 bytes a number, so 16
-MiB a worker for tensors up to 8,192 wide. Beside that the names and places of all tensors, about 2 KB each.
+numbers, or 128 rows where that is more) as stored, as FP32 and as written: at most 16 bytes a number, so 4
+MiB a worker, 36 MiB where a matrix is 18,432 wide. Beside that the names and places of all tensors, about 4
+KB each.
 """
 
 from __future__ import annotations

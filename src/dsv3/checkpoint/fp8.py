@@ -26,7 +26,7 @@ from dsv3.ops.blocks import BLOCK, Quantised, dequantise, quantise
 from dsv3.ops.formats import E4M3
 
 FP8 = torch.float8_e4m3fn
-BAND = 2**20  # numbers handled at once: in and out they stay in a core's cache
+BAND = 2**18  # numbers handled at once: enough that Python costs nothing, in and out they stay in a cache
 
 # A power of two as scale, the largest number at most 448: of 225 that is 1, and 224 is written. Read again,
 # 224 gets the scale 1/2 and is written as 448. Up to 464 the largest number rounds to 448, so it may be that

@@ -199,7 +199,10 @@ def write_rest(
     ``where``: the file of every tensor. ``dtype``: of what is not in FP8.
     """
     if set(where.values()) != {SINGLE}:
-        write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": where})
+        write_json(
+            folder / INDEX,
+            {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(where.items()))},
+        )
     write_json(folder / "config.json", config_json(config, dtype, quantization))
     write_json(folder / "generation_config.json", _generation_config(config))
 

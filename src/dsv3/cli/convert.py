@@ -22,7 +22,7 @@ def convert(
     scale_format: str = typer.Option(
         "float", "--scale-format", help="scales of fp8: float, or ue8m0 (powers of two, as in V3.1)"
     ),
-    workers: int = typer.Option(2, "--workers", min=1, help="threads; each takes about 16 MiB of memory"),
+    workers: int = typer.Option(2, "--workers", min=1, help="threads; each takes 4 to 36 MiB of memory"),
     as_json: bool = typer.Option(False, "--json", help="print the result as JSON"),
 ) -> None:
     """Write a model's folder in another number format; run again after an interruption to go on."""
