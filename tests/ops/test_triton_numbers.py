@@ -1,0 +1,46 @@
+"""Runs ``triton_numbers.py``: through Triton's interpreter here, on the GPU where there is one.
+
+Triton decides when it is imported whether it interprets: each gets a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+triton = pytest.importorskip("triton")
+
+NUMBERS = Path(__file__).with_name("triton_numbers.py")
+
+
+def run(interpret: str, marked: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", marked, str(NUMBERS)]
+    environment = {**os.environ, "TRITON_INTERPRET": interpret}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=280)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def interpreted(marked: str) -> None:
+    if triton.__version__ < "3.9" and numpy.__version__ >= "2.4":
+        pytest.skip("the interpreter of this Triton does not know this numpy")
+    run("1", marked)
+
+
+def test_interpreted() -> None:
+    interpreted("not slow")
+
+
+@pytest.mark.slow
+def test_interpreted_at_length() -> None:
+    interpreted("slow")
+
+
+@pytest.mark.gpu
+def test_on_the_gpu() -> None:
+    run("0", "")
