@@ -181,6 +181,7 @@ def test_bfloat16_model_generates(model: DeepSeekV3) -> None:
         ({"max_batch": 0}, r"max_batch \(0\)"),
         ({"max_batch": 8, "max_batch_tokens": 7}, r"max_batch_tokens \(7\) must be at least 8"),
         ({"cache_tokens": 100, "max_length": 200}, r"max_length \(200\) does not fit cache_tokens \(100\)"),
+        ({"max_length": 5000}, r"max_length \(5000\) exceeds the model's max_position_embeddings \(4096\)"),
         ({"cache_dtype": "int4"}, r"cache_dtype \('int4'\) must be one of auto, float32, bfloat16, fp8"),
         ({"dtype": "bfloat16"}, "dtype and quantize are for a folder"),
     ],
@@ -210,6 +211,25 @@ def test_requests_refused(llm: dsv3.LLM, model: DeepSeekV3) -> None:
         bare.add_request([1], GREEDY, "mine")
     with pytest.raises(dsv3.UserError, match="a text prompt needs a tokenizer"):
         dsv3.LLM(model, cache_tokens=256).generate("text")
+
+
+def test_weights_that_change(tokenizer: Tokenizer) -> None:
+    """A trainer's model: after a step of training the cache is forgotten."""
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    llm, wish = dsv3.LLM(model, cache_tokens=256), replace(GREEDY, ignore_eos=True)
+    prompt = [*range(3, 40)]
+    llm.engine.add_request(prompt, wish, "open")
+    with pytest.raises(dsv3.UserError, match="1 requests are unfinished"):
+        llm.engine.forget()
+    llm.engine.abort("open")
+    before = llm.generate([prompt], wish)
+    with torch.no_grad():
+        for layer in model.main_layers:
+            layer.self_attn.o_proj.weight.neg_()
+    llm.engine.forget()
+    (after,) = llm.generate([prompt], wish)
+    assert after.usage.cached_tokens == 0 and after.token_ids != before[0].token_ids
+    assert after.token_ids == generate(model, prompt, 12)
 
 
 def test_an_answer_ends_where_the_cache_does(model: DeepSeekV3) -> None:

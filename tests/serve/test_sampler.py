@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dsv3.serve.sampler as sampler_module
 from dsv3.common.errors import UserError
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sampler import Row, adjust, choose, draw, logprobs, probabilities, uniform
@@ -69,12 +70,13 @@ wishes = st.fixed_dictionaries(
 tokens = st.lists(st.integers(0, V - 1), max_size=6)
 
 
+@pytest.mark.parametrize("head", [3, 1024])
 @given(
     st.lists(st.tuples(wishes, tokens.filter(bool), tokens, tokens), min_size=1, max_size=4),
     st.integers(0, 999),
 )
 def test_distributions(
-    asked: list[tuple[dict[str, Any], list[int], list[int], list[int]]], seed: int
+    head: int, asked: list[tuple[dict[str, Any], list[int], list[int], list[int]]], seed: int
 ) -> None:
     rows = [
         Row(sequence(SamplingParams(**wish), prompt, answer), tuple(guessed))
@@ -82,7 +84,9 @@ def test_distributions(
     ]
     logits = 2 * torch.randn(len(rows), V, generator=torch.Generator().manual_seed(seed))
     before = logits.clone()
-    found = probabilities(adjust(logits, rows), [row.sequence.params for row in rows])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler_module, "HEAD", head)  # whether or not the first look is enough
+        found = probabilities(adjust(logits, rows), [row.sequence.params for row in rows])
     assert torch.equal(logits, before)  # log-probabilities are taken from these
     wanted = [slow(row_logits, row) for row_logits, row in zip(before.double().tolist(), rows)]
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-4, atol=1e-5)

@@ -176,6 +176,19 @@ def test_schedules_reach_what_they_are_for() -> None:
     assert engine.stats.accepted_at[1] > 0
 
 
+def test_the_last_one_let_in_gives_its_own_blocks_back() -> None:
+    prompts = [beginning(0)[:47], beginning(1)[:20]]
+    engine = Engine(model(), options=Options(max_length=64, cache_tokens=16 * 6))
+    for prompt in prompts:
+        engine.add_request(prompt, GREEDY)
+    first, second = (sequence for request in engine.requests.values() for sequence in request)
+    while engine.busy:
+        engine.step()
+        check_blocks(engine)
+    assert (first.preemptions, second.preemptions) == (0, 1)
+    assert [first.answer, second.answer] == [plain(prompt) for prompt in prompts]
+
+
 @torch.no_grad()
 def reference_drafts(model: DeepSeekV3, tokens: list[int], count: int) -> list[int]:
     """Greedy drafts after ``tokens``, the MTP module reading everything anew for each."""

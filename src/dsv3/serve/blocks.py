@@ -122,6 +122,13 @@ class BlockManager:
         sequence.slots = sequence.slots[:0]
         sequence.computed = sequence.reused = 0
 
+    def forget(self) -> None:
+        """Take the names away; to be called while no block is in use."""
+        assert not self.used
+        self._named.clear()
+        for block in self.blocks:
+            block.digest = None
+
     def _append(self, sequence: Sequence, numbers: list[int]) -> None:
         if numbers:
             sequence.blocks += numbers

@@ -121,7 +121,7 @@ class Engine:
     """
 
     def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer | None = None, options: Options | None = None):
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer = model, tokenizer
         self.options = options = options or Options()
         config, drafts = model.config, options.draft_tokens
         if drafts and not model.mtp_modules:
@@ -133,6 +133,11 @@ class Engine:
         if kind == "auto":
             kind = "bfloat16" if dtype == torch.bfloat16 else "float32"
         longest = options.max_length or config.max_position_embeddings
+        if longest > config.max_position_embeddings:
+            raise UserError(
+                f"max_length ({longest}) exceeds the model's max_position_embeddings"
+                f" ({config.max_position_embeddings})"
+            )
         tokens = options.cache_tokens
         spare = 2 * drafts  # rows of drafts that may turn out to be wrong
         if tokens is None:
@@ -227,6 +232,15 @@ class Engine:
             if not sequence.finished:
                 sequence.finish_reason = "abort"
                 self.scheduler.remove(sequence)
+
+    def forget(self) -> None:
+        """Find nothing of the cache again: to be called when the model's weights have changed.
+
+        :class:`UserError` while requests are unfinished.
+        """
+        if self.busy:
+            raise UserError(f"{len(self.requests)} requests are unfinished; step or abort them first")
+        self.blocks.forget()
 
     @torch.inference_mode()
     def step(self) -> list[Update]:

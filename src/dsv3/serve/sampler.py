@@ -18,6 +18,7 @@ from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence, TokenLogprob
 
 SAMPLE, ACCEPT, DRAFT = 0, 1, 2  # what a random number is for
+HEAD = 1024  # tokens looked at first for top-p
 _MASK = (1 << 64) - 1
 
 
@@ -77,36 +78,52 @@ def _penalise(logits_V: Tensor, row: Row, params: SamplingParams) -> None:
         logits_V -= params.frequency_penalty * counts_V + params.presence_penalty * (counts_V > 0)
 
 
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
 def probabilities(logits_RV: Tensor, params: Many[SamplingParams]) -> Tensor:
     """What each row is drawn from: temperature, then top-k, top-p and min-p; FP32 ``[R, V]``.
 
-    Greedy rows put everything on the likeliest token.
+    Greedy rows put everything on the likeliest token. Tokens as likely as the last one kept are kept too.
     """
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits_RV.device)[:, None]
-
-    scaled = logits_RV / column([p.temperature or 1.0 for p in params])
-    if any(p.top_k or p.top_p < 1 for p in params):
-        ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-        size = logits_RV.shape[-1]
-        ranks = torch.arange(size, device=logits_RV.device)
-        ordered = ordered.masked_fill(ranks >= column([p.top_k or size for p in params]), float("-inf"))
-        before = ordered.softmax(dim=-1).cumsum(dim=-1)
-        before = torch.cat((torch.zeros_like(before[:, :1]), before[:, :-1]), dim=-1)
-        limit = column([p.top_p if p.top_p < 1 else 2.0 for p in params])  # sums may exceed 1 by rounding
-        ordered = ordered.masked_fill(before >= limit, float("-inf"))
-        scaled = torch.empty_like(scaled).scatter_(-1, ids, ordered)
-    found = scaled.softmax(dim=-1)
-    if any(p.min_p for p in params):
-        smallest = column([p.min_p for p in params]) * found.amax(dim=-1, keepdim=True)
-        found = found.masked_fill(found < smallest, 0.0)
-        found /= found.sum(dim=-1, keepdim=True)
+    scaled_RV = logits_RV / _column([p.temperature or 1.0 for p in params], logits_RV)
+    cut = [number for number, p in enumerate(params) if p.top_k or p.top_p < 1]
+    if cut or any(p.min_p for p in params):
+        shares = _column([p.min_p for p in params], scaled_RV)
+        least_R1 = scaled_RV.amax(dim=-1, keepdim=True) + shares.log()  # -inf without min-p
+        if cut:
+            last = _last_kept(scaled_RV[cut], [params[number] for number in cut], HEAD)
+            least_R1[cut] = least_R1[cut].maximum(last)
+        scaled_RV = scaled_RV.masked_fill(scaled_RV < least_R1, float("-inf"))
+    found = scaled_RV.softmax(dim=-1)
     greedy = [number for number, p in enumerate(params) if p.greedy]
     if greedy:
         best = logits_RV[greedy].argmax(dim=-1, keepdim=True)
         found[greedy] = torch.zeros_like(found[greedy]).scatter_(-1, best, 1.0)
     return found
+
+
+def _last_kept(scaled_RV: Tensor, params: Many[SamplingParams], head: int) -> Tensor:
+    """The least logit that top-k and top-p keep, ``[R, 1]``, sought among the ``head`` likeliest.
+
+    Sorting a whole vocabulary of 129,280 takes as long as much of the model (31 ms a row on one thread, the
+    1,024 likeliest 1 ms); they nearly always hold the mass top-p asks for. If not, all are sorted.
+    """
+    size = scaled_RV.shape[-1]
+    head = min(size, max(head, *(p.top_k for p in params)))
+    ordered = scaled_RV.topk(head, dim=-1)[0]
+    k = _column([p.top_k or size for p in params], ordered)
+    ordered = ordered.masked_fill(torch.arange(head, device=ordered.device) >= k, float("-inf"))
+    # Top-p is a share of what top-k leaves: of everything where there is no top-k.
+    left = torch.where(k < size, ordered.logsumexp(-1, True), scaled_RV.logsumexp(-1, True))
+    shares = (ordered - left).exp()
+    sums = shares.cumsum(dim=-1)
+    limit = _column([p.top_p if p.top_p < 1 else 2.0 for p in params], sums)  # rounding may exceed 1
+    if head < size and ((sums[:, -1:] < limit) & (limit < 1) & (k >= size)).any():
+        return _last_kept(scaled_RV, params, size)
+    kept = (sums - shares < limit) & (ordered > float("-inf"))
+    return ordered.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
 
 
 def draw(weights_RV: Tensor, uniforms: Many[float]) -> list[int]:
