@@ -114,9 +114,9 @@ def test_the_example_tells_right_from_wrong(operator: str, monkeypatch: pytest.M
     verb = operator.split()[-1]
     right = getattr(backend.Reference, verb)
     wrong = types.SimpleNamespace(**{verb: lambda *operands: right(*operands).flip(-1)})
-    monkeypatch.setattr(backend, "_module", lambda name: backend.Reference)
+    monkeypatch.setattr(backend, "implementation", lambda name: backend.Reference)
     assert backend.error_of("torch", operator, CPU) < 1e-6
-    monkeypatch.setattr(backend, "_module", lambda name: wrong)
+    monkeypatch.setattr(backend, "implementation", lambda name: wrong)
     assert backend.error_of("torch", operator, CPU) > 1
 
 
@@ -176,7 +176,7 @@ def test_a_call_goes_to_the_first_that_takes_it(
     }
     hopper["deepgemm"] = "not installed"
     choice = backend.choose("linear", GPU)
-    monkeypatch.setattr(backend, "_module", fakes.__getitem__)
+    monkeypatch.setattr(backend, "implementation", fakes.__getitem__)
     monkeypatch.setattr(backend, "choose", lambda operator, device: choice)
     for outputs in (256, 576):
         w = quantise(torch.randn(outputs, 256), BLOCK)

@@ -85,7 +85,7 @@ class Reference:
         return torch.stack([a.T @ b for a, b in zip(g_MN.split(rows), x_MK.split(rows))])
 
 
-def _module(name: str) -> Any:
+def implementation(name: str) -> Any:
     """An implementation's products, each with a function that says what it takes."""
     if name == "triton":
         return importlib.import_module("dsv3.ops.triton_gemm")
@@ -141,7 +141,7 @@ def error_of(name: str, operator: str, device: torch.device) -> float:
         got = dequantise_reference(_quantiser().quantise(first.to(device), ROW))
         wanted = dequantise_reference(quantise_reference(first, ROW))
     else:
-        got = run(getattr(_module(name), verb), quantise, device)
+        got = run(getattr(implementation(name), verb), quantise, device)
         wanted = run(getattr(Reference, verb), quantise_reference, cpu)
     got, wanted = got.to(cpu, torch.float64), wanted.double()
     return float((got - wanted).norm() / wanted.norm())
@@ -187,8 +187,8 @@ def choices(device: torch.device | None = None) -> list[Choice]:
 def _pick(operator: str, x: Quantised, takes: str, *operands: Any) -> Any:
     """The first implementation that takes the operands; the reference takes any."""
     for name in choose(operator, x.values.device).order:
-        if name == "reference" or getattr(_module(name), takes)(*operands):
-            return _module(name)
+        if name == "reference" or getattr(implementation(name), takes)(*operands):
+            return implementation(name)
 
 
 def linear(x: Quantised, w: Quantised, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -216,7 +216,7 @@ def transposed(w: Quantised) -> Quantised:
     found = _transposed.get(w.values)
     if found is None:
         if choose("quantise", w.values.device).order[0] == "triton":
-            found = _module("triton").transposed(w.values)
+            found = implementation("triton").transposed(w.values)
         else:
             found = w.values.transpose(-1, -2).contiguous()
         _transposed[w.values] = found
