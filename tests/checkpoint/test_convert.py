@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -413,7 +414,20 @@ def test_two_at_once(bf16: Path, begun: Path) -> None:
     assert len(list((work / "model").iterdir())) == 4
 
 
-def test_threads_of_torch_are_given_back(bf16: Path, tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    convert(bf16, tmp_path / "x", "fp8")
-    assert torch.get_num_threads() == before
+def test_one_thread_a_worker(bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers must not start threads of their own; torch has as many as before afterwards."""
+    before, seen = torch.get_num_threads(), set()
+    original = Weights.rows
+
+    def rows(self: Weights, name: str, first: int, last: int) -> Tensor:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        return original(self, name, first, last)
+
+    monkeypatch.setattr(Weights, "rows", rows)
+    try:
+        torch.set_num_threads(2)
+        convert(bf16, tmp_path / "x", "fp8", workers=2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 2 and {threads for _, threads in seen} == {1}

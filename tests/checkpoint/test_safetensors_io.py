@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from dsv3.checkpoint import safetensors_io
-from dsv3.checkpoint.safetensors_io import DTYPES, SafetensorsFile, write
+from dsv3.checkpoint.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, checksum, write
 from dsv3.common.errors import UserError
 
 
@@ -84,6 +86,28 @@ def test_names_that_cannot_be_stored(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="complex64"):
         write(tmp_path / "a", {"x": torch.ones(1, dtype=torch.complex64)})
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("at_once", [7, 2**20])
+def test_written_in_any_order(tmp_path: Path, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a system that takes few bytes at a time; the same file, and the same checksum read as written."""
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors().items()}
+    write(tmp_path / "a", tensors, metadata={"format": "pt"})
+    original = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda to, content, place: original(to, content[:at_once], place))
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with SafetensorsWriter(tmp_path / "b", kinds, {"format": "pt"}) as file:
+        for name, tensor in reversed(tensors.items()):
+            for first in range(0, tensor.numel(), 4):
+                file.put(name, first, tensor.view(-1)[first : first + 4])
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    assert file.checksum == checksum(tmp_path / "b")
+    for place in (9, -1):  # in the header, in a tensor
+        content = bytearray((tmp_path / "a").read_bytes())
+        content[place] ^= 1
+        (tmp_path / "b").write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert file.checksum != checksum(tmp_path / "b")
 
 
 def _file(path: Path, header: Any, data: bytes, length: int | None = None) -> Path:
