@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,25 @@ def test_the_model_stays_itself_outside_the_engine() -> None:
     assert torch.equal(model(ids(2, 9)).logits_BTV, before)
     core = model.main_layers[0].self_attn.core
     assert isinstance(core, PagedAttention) and not isinstance(core.plain, PagedAttention)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lora_rank": None},
+        {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 8}},
+        {"kv_lora_rank": 6, "v_head_dim": 22, "first_k_dense_replace": 3},
+    ],
+)
+@torch.no_grad()
+def test_other_shapes(changes: dict[str, Any]) -> None:
+    """Plain queries, YaRN, a narrow latent, no experts: a prompt in two pieces and a token alone."""
+    model = tiny_model(**changes)
+    install(model)
+    cache, text, slots = new_cache(model), ids(1, 30)[0], np.arange(SLOTS)
+    cuts = [(0, 12), (12, 29), (29, 30)]
+    found = [run(model, cache, [Span(slots, a, b)], [text[a:b]])[0] for a, b in cuts]
+    close(torch.cat(found), model.hidden_states(text[None], mtp=False)[0][0][0])
 
 
 class Doubled(Linear):

@@ -17,8 +17,8 @@ from dsv3.data.tokenizer import train
 from dsv3.serve.batch import generate_file
 from tests.model.build import tiny_model
 
-WISH = dsv3.SamplingParams(max_tokens=30, temperature=0.8, seed=0, ignore_eos=True)
-PROMPTS = [{"prompt": f"word {number % 7}"} for number in range(40)]
+WISH = dsv3.SamplingParams(max_tokens=16, temperature=0.8, seed=0, ignore_eos=True)
+PROMPTS = [{"prompt": f"word {number % 7}"} for number in range(24)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def write(path: Path, lines: list[Any]) -> Path:
 
 def test_killed_and_resumed_gives_the_same_file(folder: Path, llm: dsv3.LLM, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", PROMPTS)
-    assert generate_file(llm, source, tmp_path / "whole.jsonl", WISH, "m") == 40
+    assert generate_file(llm, source, tmp_path / "whole.jsonl", WISH, "m") == 24
     target, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     code = (
         "import dsv3, sys; from pathlib import Path; from dsv3.serve.batch import generate_file\n"
@@ -58,19 +58,19 @@ def test_killed_and_resumed_gives_the_same_file(folder: Path, llm: dsv3.LLM, tmp
     process.kill()
     assert process.wait() == -9 and not target.exists()
     with open(part, "ab") as file:
-        file.write(b'{"line": 39, "text": "half a l')  # and a line was being written
+        file.write(b'{"line": 24, "text": "half a l')  # and a line was being written
     before = part.read_bytes().count(b"\n") - 1
     with pytest.raises(UserError, match="is of another input or other options"):
         generate_file(llm, source, target, WISH, "another model")
     steps = llm.engine.stats.prompt_tokens
-    assert generate_file(llm, source, target, WISH, "m") == 40
-    assert 0 < llm.engine.stats.prompt_tokens - steps <= (40 - before) * 8
+    assert generate_file(llm, source, target, WISH, "m") == 24
+    assert 0 < llm.engine.stats.prompt_tokens - steps <= (24 - before) * 8
     assert not part.exists()
     whole, resumed = ((tmp_path / name).read_text().splitlines() for name in ("whole.jsonl", "out.jsonl"))
     told = [[json.loads(line)[key] for key in ("line", "prompt", "text")] for line in whole]
     assert told == [[json.loads(line)[key] for key in ("line", "prompt", "text")] for line in resumed]
-    assert [line for line, _, _ in told] == list(range(1, 41))
-    assert len({text for _, _, text in told}) > 35  # equal prompts, other seeds
+    assert [line for line, _, _ in told] == list(range(1, 25))
+    assert len({text for _, _, text in told}) > 20  # equal prompts, other seeds
     with pytest.raises(UserError, match="already exists"):
         generate_file(llm, source, target, WISH, "m")
 

@@ -232,6 +232,25 @@ def test_weights_that_change(tokenizer: Tokenizer) -> None:
     assert after.token_ids == generate(model, prompt, 12)
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_broken_row_ends_its_own_request(tokenizer: Tokenizer, temperature: float) -> None:
+    """One embedding is not a number: prompts with it end in an error, the others do not notice."""
+    model = tiny_model(vocab_size=tokenizer.vocab_size, num_nextn_predict_layers=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    llm = dsv3.LLM(model, cache_tokens=512, draft_tokens=2)
+    wish = replace(GREEDY, temperature=temperature, seed=1, ignore_eos=True, logit_bias={7: -100})
+    prompts = [[3, 4, 5] * 7, [3, 7, 5], [9] * 20, [7]]
+    outs = llm.generate(prompts, wish)
+    assert [out.finish_reason for out in outs] == ["length", "error", "length", "error"]
+    assert outs[1].token_ids == [] and outs[1].usage.completion_tokens == 0
+    assert llm.engine.blocks.used == 0
+    llm.engine.forget()
+    assert [llm.generate([prompts[n]], wish)[0].token_ids for n in (0, 2)] == [
+        outs[n].token_ids for n in (0, 2)
+    ]
+
+
 def test_an_answer_ends_where_the_cache_does(model: DeepSeekV3) -> None:
     llm = dsv3.LLM(model, cache_tokens=32, draft_tokens=1)
     (out,) = llm.generate([[1, 2, 3]], replace(GREEDY, max_tokens=100, ignore_eos=True))

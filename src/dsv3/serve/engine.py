@@ -84,7 +84,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Update:
-    """What a step added to one answer of a request. ``usage`` comes with the request's last update."""
+    """What a step added to one answer of a request. ``usage`` comes with the request's last update.
+
+    ``finish_reason``: None while there is more to come; stop, length, or error where the model's logits were
+    not finite.
+    """
 
     request_id: str
     index: int
@@ -256,13 +260,18 @@ class Engine:
         before = [(len(chunk.sequence.tokens), len(chunk.sequence.text.text)) for chunk in sampling]
         if sampling:
             self._extend(sampling, self._logits(chunks, states))
-        for chunk in chunks:
+        good, begins = [], []
+        for chunk, begin in zip(chunks, states.begins):
             sequence = chunk.sequence
-            sequence.computed = len(sequence.tokens) - 1 if chunk.samples else chunk.stop
-        if self.drafter:
-            self.drafter.advance(chunks, states)
-        for chunk in chunks:
+            if sequence.finish_reason != "error":
+                sequence.computed = len(sequence.tokens) - 1 if chunk.samples else chunk.stop
+                good.append(chunk)
+                begins.append(begin)
+        if self.drafter and good:
+            self.drafter.advance(good, States(states.hidden_ND, begins))
+        for chunk in good:
             self.blocks.register(chunk.sequence)
+        for chunk in sampling:
             if chunk.sequence.finished:
                 self.scheduler.remove(chunk.sequence)
         return [self._update(chunk.sequence, *start) for chunk, start in zip(sampling, before)]
@@ -279,8 +288,17 @@ class Engine:
         return self.model.lm_head(hidden)[:, : self.vocab_size].float()
 
     def _extend(self, chunks: list[Chunk], logits_RV: Tensor) -> None:
-        """Choose the next tokens, more than one where drafts stand, and append them."""
+        """Choose the next tokens, more than one where drafts stand, and append them.
+
+        A sequence whose logits are not finite ends in an error; the others go on.
+        """
         sequences = [chunk.sequence for chunk in chunks]
+        finite = logits_RV.sum(dim=-1).isfinite().tolist()
+        if not all(finite):
+            sequences, rows = _fail(sequences, finite)
+            if not rows:
+                return
+            logits_RV = logits_RV[rows]
         chosen = verify(logits_RV, sequences)
         told = _logprobs(logits_RV, sequences, chosen)
         for sequence, tokens in zip(sequences, chosen):
@@ -327,6 +345,23 @@ def usage_of(sequences: Many[Sequence]) -> Usage:
         drafted=sum(s.drafted for s in sequences),
         accepted=sum(s.accepted for s in sequences),
     )
+
+
+def _fail(sequences: Many[Sequence], finite: list[bool]) -> tuple[list[Sequence], list[int]]:
+    """End the sequences with a row that is not finite; the others, and their rows."""
+    good: list[Sequence] = []
+    rows: list[int] = []
+    first = 0
+    for sequence in sequences:
+        stop = first + len(sequence.drafts) + 1
+        if all(finite[first:stop]):
+            good.append(sequence)
+            rows += range(first, stop)
+        else:
+            sequence.finish_reason = "error"
+            sequence.text.close()
+        first = stop
+    return good, rows
 
 
 def _logprobs(

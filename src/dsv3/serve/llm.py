@@ -26,7 +26,7 @@ Prompt = str | Many[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. ``finish_reason``: stop, length or abort."""
+    """One answer. ``finish_reason``: stop, length, abort or error (logits that are not finite)."""
 
     text: str
     token_ids: list[int]
@@ -59,7 +59,7 @@ class Output:
 
     @property
     def finish_reason(self) -> str:
-        """stop, length or abort."""
+        """stop, length, abort or error."""
         return self.completions[0].finish_reason
 
 
