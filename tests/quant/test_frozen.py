@@ -33,8 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 IDS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(2))
 
 
+@pytest.mark.parametrize("band", [frozen.BAND, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_those_of_the_dequantised_model(folder: Path, dtype: torch.dtype) -> None:
+def test_logits_are_those_of_the_dequantised_model(
+    folder: Path, dtype: torch.dtype, band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "BAND", band)
     kept, dense = load(folder, dtype=dtype, quantize="fp8"), load(folder, dtype=dtype)
     with torch.no_grad():
         ours, theirs = kept(IDS), dense(IDS)
@@ -85,6 +89,10 @@ def test_one_matrix_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     counts[3], counts[9] = 2, 1
     experts(torch.randn(3, 160), counts)
     assert seen == [(136, 160), (136, 160), (160, 136)] * 2
+    seen.clear()
+    monkeypatch.setattr(frozen, "BAND", 1)
+    experts(torch.randn(3, 160), counts)
+    assert seen == [(128, 160), (8, 160), (128, 160), (8, 160), (128, 136), (32, 136)] * 2
 
 
 def test_a_grouped_linear_alone(folder: Path) -> None:

@@ -21,6 +21,7 @@ from dsv3.ops.blocks import BLOCK, Quantised, dequantise
 from dsv3.ops.formats import E4M3
 
 NUMBERS, SCALES = "weight", "weight_scale_inv"  # the files' names
+BAND = 2**21  # numbers of a matrix that are dense at a time; whole large ones take two to three times as long
 
 
 class _Frozen(nn.Module):
@@ -45,8 +46,16 @@ class _Frozen(nn.Module):
         return self
 
 
-def _dense(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantise(Quantised(numbers, scales, numbers.shape, BLOCK, E4M3)).to(dtype)
+def _product(x: Tensor, numbers_OI: Tensor, scales_oi: Tensor) -> Tensor:
+    """``x W^T`` in x's dtype, some rows of W at a time."""
+    blocks = max(1, BAND // (BLOCK.rows * numbers_OI.shape[1]))
+    pieces = []
+    for first in range(0, len(scales_oi), blocks):
+        numbers = numbers_OI[first * BLOCK.rows : (first + blocks) * BLOCK.rows]
+        scales = scales_oi[first : first + blocks]
+        weight = dequantise(Quantised(numbers, scales, numbers.shape, BLOCK, E4M3))
+        pieces.append(F.linear(x, weight.to(x.dtype)))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
 
 
 class FrozenLinear(_Frozen, Linear):
@@ -57,7 +66,7 @@ class FrozenLinear(_Frozen, Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., I] -> [..., O]`` in x's dtype."""
-        return F.linear(x, _dense(self.weight, self.weight_scale_inv, x.dtype))
+        return _product(x, self.weight, self.weight_scale_inv)
 
 
 class FrozenGroupedLinear(_Frozen, GroupedLinear):
@@ -68,7 +77,7 @@ class FrozenGroupedLinear(_Frozen, GroupedLinear):
 
     def one(self, expert: int, x_MI: Tensor) -> Tensor:
         """The rows of one expert times its matrix: ``[M, I] -> [M, O]``."""
-        return F.linear(x_MI, _dense(self.weight[expert], self.weight_scale_inv[expert], x_MI.dtype))
+        return _product(x_MI, self.weight[expert], self.weight_scale_inv[expert])
 
     def forward(self, x_MI: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, ``counts_E`` rows each: ``[M, I] -> [M, O]``."""
