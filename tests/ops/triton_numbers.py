@@ -18,6 +18,7 @@ from dsv3.ops.triton_segments import most_tiles
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
+CLOSE = 1e-6 if INTERPRETED else 2e-3  # a GPU adds 128 FP8 products with about 14 bits
 COUNTS = {
     "dense": None,
     "experts": [33, 0, 130, 0, 7],
@@ -146,7 +147,7 @@ def test_swiglu_on_the_way_in(tile: Tile, counts: str) -> None:
     found = triton_quantise.quantise(gate.to(DEVICE), tile, counts_E=on_device(counts_E), up=up.to(DEVICE))
     wanted = quantise_reference(exact.float(), tile, counts_E=counts_E)
     scales = found.scales.cpu()[: len(wanted.scales)]
-    torch.testing.assert_close(scales, wanted.scales, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scales, wanted.scales, rtol=2e-6, atol=0)
     # Its exponential may round another way, which can only tip a number between two neighbours.
     differ = values_by_row(found).float() != wanted.values.float()
     assert differ.float().mean() < 1e-2
@@ -189,32 +190,29 @@ def multiplied(counts: str, rows: int, outputs: int, inputs: int, tiling: triton
     )
     x_column, g_column = make(x.to(DEVICE), COLUMN, counts_E=kept), make(g.to(DEVICE), COLUMN, counts_E=kept)
     pieces = [rows] if counts_E is None else counts_E.tolist()
-    exact_x, exact_g = (
-        dequantise_reference(quantise_reference(t, ROW)).double().split(pieces) for t in (x, g)
-    )
-    exact_g = (
-        dequantise_reference(quantise_reference(g, ROW, power_of_two_scales=True)).double().split(pieces)
-    )
-    columns_x, columns_g = (
-        dequantise_reference(quantise_reference(t, COLUMN, counts_E=counts_E)).double().split(pieces)
-        for t in (x, g)
-    )
+
+    def exact_rows(t: Tensor, tile: Tile, power_of_two: bool = False) -> tuple[Tensor, ...]:
+        q = quantise_reference(t, tile, power_of_two_scales=power_of_two, counts_E=counts_E)
+        return dequantise_reference(q).double().split(pieces)
+
+    exact_x, exact_g = exact_rows(x, ROW), exact_rows(g, ROW, power_of_two=True)
+    columns_x, columns_g = exact_rows(x, COLUMN), exact_rows(g, COLUMN)
     exact_w = dequantise_reference(quantise_reference(w, BLOCK)).double().reshape(-1, outputs, inputs)
 
     y = triton_gemm.linear(x_row, w_block, kept, torch.float32, tiling)
-    assert exactly(y, torch.cat([a @ b.T for a, b in zip(exact_x, exact_w)])) < 1e-6
+    assert exactly(y, torch.cat([a @ b.T for a, b in zip(exact_x, exact_w)])) < CLOSE
 
     turned = triton_gemm.transposed(w_block.values)
     assert torch.equal(turned.float(), w_block.values.float().mT) and turned.stride(-1) == 1
     w_turned = Quantised(turned, w_block.scales.mT, turned.shape, BLOCK, E4M3)
     grad = triton_gemm.linear(g_row, w_turned, kept, torch.bfloat16, tiling)
     assert grad.dtype == torch.bfloat16
-    assert exactly(grad, torch.cat([a @ b for a, b in zip(exact_g, exact_w)])) < 4e-3
+    assert exactly(grad, torch.cat([a @ b for a, b in zip(exact_g, exact_w)])) < CLOSE + 4e-3
 
     grad_w = triton_gemm.wgrad(g_column, x_column, kept, tiling)
     exact = torch.stack([a.T @ b for a, b in zip(columns_g, columns_x)])
     assert grad_w.shape == (*lead, outputs, inputs)
-    assert exactly(grad_w.reshape(exact.shape), exact) < 1e-6
+    assert exactly(grad_w.reshape(exact.shape), exact) < CLOSE
     for expert, count in enumerate(pieces):
         assert count or not grad_w[expert].any(), "an idle expert's gradient is zero"
 
@@ -238,6 +236,16 @@ def test_products_of_few_rows_and_few_numbers() -> None:
     multiplied("dense", 10, 24, 40, None)
 
 
+def test_rows_of_nobody_are_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are an expert's by another's tile: programs run in any order, and the last to write would win."""
+    counts_E = torch.tensor([5, 6], device=DEVICE)
+    x = triton_quantise.quantise(torch.randn(30, 16, device=DEVICE), ROW)
+    w = triton_quantise.quantise(torch.randn(2, 32, 16, device=DEVICE), BLOCK)
+    monkeypatch.setattr(torch, "empty", lambda shape, **options: torch.full(shape, torch.nan, **options))
+    y = triton_gemm.linear(x, w, counts_E, torch.float32)
+    assert not y[:11].isnan().any() and y[11:].isnan().all()
+
+
 def test_many_tiles_are_each_made_once() -> None:
     """More tiles of rows than walk together, and a last group that is not full."""
     x, w = torch.randn(64 * 9 + 1, 16), torch.randn(70, 16)
@@ -247,7 +255,7 @@ def test_many_tiles_are_each_made_once() -> None:
         dequantise_reference(quantise_reference(x, ROW))
         @ dequantise_reference(quantise_reference(w, BLOCK)).T
     )
-    torch.testing.assert_close(y.cpu(), exact, rtol=1e-5, atol=1e-5)
+    assert exactly(y, exact.double()) < CLOSE
 
 
 def test_as_many_tiles_as_there_can_be() -> None:
@@ -261,7 +269,7 @@ def test_the_example_that_decides_whether_they_are_used(
     operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "choose", lambda operator, device: backend.Choice(operator, ("triton",), {}))
-    assert backend.error_of("triton", operator, torch.device(DEVICE)) < 4e-3
+    assert backend.error_of("triton", operator, torch.device(DEVICE)) < CLOSE + 4e-3
 
 
 def test_foreign_layouts_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,4 +284,4 @@ def test_foreign_layouts_are_understood(monkeypatch: pytest.MonkeyPatch) -> None
     )
     native = backend.quantise(x.to(DEVICE), COLUMN, counts_E=counts_E.to(DEVICE))
     ours, theirs = (backend.wgrad(q, q, counts_E.to(DEVICE)).cpu() for q in (native, foreign))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert exactly(ours, theirs.double()) < CLOSE

@@ -30,18 +30,17 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def code_of(
-    x, LARGEST: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST_EXPONENT: tl.constexpr, BITS: tl.constexpr
-):
-    """Bits of FP32 numbers in a format: nearest, ties to even, clamped; NaN has all bits but the sign."""
+def code_of(x, MANTISSA: tl.constexpr, SMALLEST_EXPONENT: tl.constexpr, BITS: tl.constexpr):
+    """Bits of FP32 numbers in a format: nearest, ties to even; NaN has all bits but the sign.
+
+    A number over its tile's scale is never too large for the format.
+    """
     bits = x.to(tl.int32, bitcast=True)
     magnitude = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
-    clamped = tl.where(magnitude > LARGEST, LARGEST, magnitude)
-    exponent = (clamped.to(tl.int32, bitcast=True) >> 23) - (127 + SMALLEST_EXPONENT)
-    exponent = tl.maximum(exponent, 0)
+    exponent = tl.maximum(((bits >> 23) & 0xFF) - (127 + SMALLEST_EXPONENT), 0)
     steps_in_one = ((127 - SMALLEST_EXPONENT + MANTISSA - exponent) << 23).to(tl.float32, bitcast=True)
     to_integer = 8388608.0  # 2^23: adding it leaves no bits for a fraction
-    steps = ((clamped * steps_in_one + to_integer) - to_integer).to(tl.int32)
+    steps = ((magnitude * steps_in_one + to_integer) - to_integer).to(tl.int32)
     code = (exponent << MANTISSA) + steps  # a carry moves into the exponent by itself
     code = tl.where(magnitude != magnitude, (1 << (BITS - 1)) - 1, code)
     return (((bits >> 31) & 1) << (BITS - 1)) | code
@@ -107,7 +106,7 @@ def quantise_kernel(
         place = values_BMK + batch * value_batch + row * value_row
         kept = inside
     if BITS == 12:  # two numbers in three bytes, as dsv3.ops.formats.pack has them
-        code = code_of(number, LARGEST, MANTISSA, SMALLEST_EXPONENT, BITS)
+        code = code_of(number, MANTISSA, SMALLEST_EXPONENT, BITS)
         a, b = tl.split(tl.reshape(code, (ROWS, COLUMNS // 2, 2)))
         pair = tl.program_id(1) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
         place += 3 * pair
@@ -116,7 +115,7 @@ def quantise_kernel(
         tl.store(place + 1, ((a >> 8) | ((b & 0xF) << 4)).to(tl.uint8), mask=kept)
         tl.store(place + 2, (b >> 4).to(tl.uint8), mask=kept)
     elif INTERPRETED:
-        code = code_of(number, LARGEST, MANTISSA, SMALLEST_EXPONENT, BITS).to(tl.uint8)
+        code = code_of(number, MANTISSA, SMALLEST_EXPONENT, BITS).to(tl.uint8)
         value = code.to(values_BMK.dtype.element_ty, bitcast=True)
         tl.store(place + column * value_column, value, mask=kept)
     else:
