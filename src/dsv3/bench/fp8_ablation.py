@@ -83,6 +83,12 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(path) if "loss" in line] if path.exists() else []
 
 
+def _count(folder: Path) -> int:
+    """Steps a run has taken, without reading what they were."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b'"loss":') if path.exists() else 0
+
+
 def ablation(out: Path, steps: int, seed: int, data: str, workers: int, only: list[str]) -> dict[str, Any]:
     """Train every variation (or those of ``only`` and the reference), then compare."""
     if not RECIPE.is_file():
@@ -98,7 +104,7 @@ def ablation(out: Path, steps: int, seed: int, data: str, workers: int, only: li
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     out.mkdir(parents=True, exist_ok=True)
     waiting, running = list(names), list[Running]()
-    done = sum(len(_steps(out / name)) for name in names)
+    done = sum(_count(out / name) for name in names)
     with Progress("ablation", steps * len(names), "steps", done=done) as progress:
         try:
             while waiting or running:
@@ -110,12 +116,12 @@ def ablation(out: Path, steps: int, seed: int, data: str, workers: int, only: li
                             env={**os.environ, "OMP_NUM_THREADS": threads},
                         )  # fmt: skip
                     running.append(Running(name, process))
-                time.sleep(1.0)
+                time.sleep(2.0)
                 for one in [one for one in running if one.process.poll() is not None]:
                     running.remove(one)
                     if one.process.returncode:
                         raise Failure(f"{one.name} failed; see {out / one.name}.log")
-                now = sum(len(_steps(out / name)) for name in names)
+                now = sum(_count(out / name) for name in names)
                 progress.note(", ".join(one.name for one in running))
                 progress.advance(now - done)
                 done = now
