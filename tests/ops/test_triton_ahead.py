@@ -15,8 +15,6 @@ from dsv3.ops.blocks import BLOCK, COLUMN, ROW, Tile
 from dsv3.ops.formats import E4M3, E5M2, E5M6, Format
 from tests.ops.triton_ahead import compile_for, resources
 
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-
 HOPPER, BLACKWELL = 90, 100
 M, N, K = 4096, 2048, 7168  # of a routed expert's projections
 TYPES = {"e4m3": "*fp8e4nv", "e5m2": "*fp8e5", "e5m6": "*u8"}
@@ -32,7 +30,7 @@ def product(capability: int, name: str, tiling: triton_gemm.Tiling, experts: int
         counts_E="*i64" if experts else None, M=rows, N=N, K=K, x_scales="*fp32",
         EXPERTS=experts, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=triton_gemm.DEPTH,
     )  # fmt: skip
-    options = dict(num_warps=tiling.warps, num_stages=tiling.stages)
+    options = dict(num_warps=tiling.warps, num_stages=tiling.stages, enable_fp_fusion=False)
     if name == "linear":
         return compile_for(
             capability, triton_gemm.linear_kernel, options, **same,
@@ -91,7 +89,7 @@ def quantiser(capability: int, tile: Tile, kind: Format, experts: int, gated: bo
     rows, columns, warps = triton_quantise.PROGRAMS[tile]
     width = K * kind.bits // 8
     return compile_for(
-        capability, triton_quantise.quantise_kernel, dict(num_warps=warps),
+        capability, triton_quantise.quantise_kernel, dict(num_warps=warps, enable_fp_fusion=False),
         x_BMK="*bf16", up_BMK="*bf16", counts_E="*i64" if experts else None, values_BMK=TYPES[kind.name],
         scales_BMK="*fp32", M=M, K=K, smallest_amax=1e-4,
         x_batch=M * K, x_row=K, x_column=1, up_batch=M * K, up_row=K, up_column=1,
@@ -139,7 +137,7 @@ def test_dequantise_compiles(tile: Tile, kind: Format, experts: int) -> None:
     rows, columns, warps = triton_quantise.PROGRAMS[tile]
     width = K * kind.bits // 8
     compiled = compile_for(
-        HOPPER, triton_quantise.dequantise_kernel, dict(num_warps=warps),
+        HOPPER, triton_quantise.dequantise_kernel, dict(num_warps=warps, enable_fp_fusion=False),
         values_BMK=TYPES[kind.name], scales_BMK="*fp32", counts_E="*i64" if experts else None,
         out_BMK="*fp32", M=M, K=K, value_batch=M * width, value_row=1 if tile == COLUMN else width,
         value_column=M if tile == COLUMN else 1, scale_batch=M * 64, scale_row=1 if tile == ROW else K,
@@ -151,7 +149,7 @@ def test_dequantise_compiles(tile: Tile, kind: Format, experts: int) -> None:
 
 def test_transpose_compiles() -> None:
     compiled = compile_for(
-        HOPPER, triton_gemm.transpose_kernel, dict(num_warps=8),
+        HOPPER, triton_gemm.transpose_kernel, dict(num_warps=8, enable_fp_fusion=False),
         x_BNK="*u8", out_BKN="*u8", N=N, K=K, x_row=K, out_row=N, SIDE=128,
     )  # fmt: skip
     assert "ld.global.v4.b32" in compiled.asm["ptx"] and "st.global.v4.b32" in compiled.asm["ptx"]

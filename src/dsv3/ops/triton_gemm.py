@@ -128,7 +128,9 @@ def transposed(values: Tensor) -> Tensor:
     grid = (-(-N // 128), -(-K // 128), values.shape[:-2].numel())
     source, target = values.view(torch.uint8), out.view(torch.uint8)
     with torch.cuda.device_of(values):
-        transpose_kernel[grid](source, target, N, K, values.stride(-2), pitch, SIDE=128, num_warps=8)
+        transpose_kernel[grid](
+            source, target, N, K, values.stride(-2), pitch, SIDE=128, num_warps=8, enable_fp_fusion=False
+        )
     return out
 
 
@@ -196,7 +198,7 @@ def linear(
             _descriptor(x_values, chosen.rows), _descriptor(w_values, chosen.columns), x.scales, w.scales,
             out, counts_E, M, N, K, *x.scales.stride(), *w_scale_strides,
             EXPERTS=experts, ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=DEPTH, ROW_TILES=row_tiles,
-            num_warps=chosen.warps, num_stages=chosen.stages,
+            num_warps=chosen.warps, num_stages=chosen.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -217,6 +219,6 @@ def wgrad(g: Quantised, x: Quantised, counts_E: Tensor | None, tiling: Tiling | 
             _descriptor(g_values, chosen.rows), _descriptor(x_values, chosen.columns), g.scales, x.scales,
             out, counts_E, M, N, K, *g.scales.stride(), *x.scales.stride(),
             EXPERTS=experts, ROWS=chosen.rows, COLUMNS=chosen.columns, DEPTH=DEPTH,
-            num_warps=chosen.warps, num_stages=chosen.stages,
+            num_warps=chosen.warps, num_stages=chosen.stages, enable_fp_fusion=False,
         )  # fmt: skip
     return out

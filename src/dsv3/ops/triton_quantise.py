@@ -240,7 +240,7 @@ def quantise(
                 EXPERTS=experts, ROWS=rows, COLUMNS=columns, TILE_ROWS=tile.rows, TILE_COLUMNS=tile.columns,
                 GATED=up is not None, KEEP_SMALL=smallest_amax == 0, POWER_OF_TWO=power_of_two_scales,
                 LARGEST=kind.largest, MANTISSA=kind.mantissa, SMALLEST_EXPONENT=kind.smallest_exponent,
-                BITS=kind.bits, num_warps=warps,
+                BITS=kind.bits, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     lead = x.shape[:-2]
     values, scales = (t.unflatten(0, lead) if lead else t[0] for t in (values, scales))
@@ -258,6 +258,7 @@ def dequantise(q: Quantised) -> Tensor:
             dequantise_kernel[_grid(q.tile, M, K, batch, experts)](
                 values, scales, q.counts_E, out, M, K, *values.stride(), *scales.stride(),
                 EXPERTS=experts, ROWS=rows, COLUMNS=columns,
-                TILE_ROWS=q.tile.rows, TILE_COLUMNS=q.tile.columns, BITS=q.kind.bits, num_warps=warps,
+                TILE_ROWS=q.tile.rows, TILE_COLUMNS=q.tile.columns, BITS=q.kind.bits,
+                num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
     return out
