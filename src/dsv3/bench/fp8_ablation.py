@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -104,6 +105,7 @@ def ablation(out: Path, steps: int, seed: int, data: str, workers: int, only: li
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     out.mkdir(parents=True, exist_ok=True)
     waiting, running = list(names), list[Running]()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs below are ended in any case
     done = sum(_count(out / name) for name in names)
     with Progress("ablation", steps * len(names), "steps", done=done) as progress:
         try:
