@@ -27,7 +27,7 @@ GREEDY = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
 
 @cache
 def model() -> DeepSeekV3:
-    return tiny_model(vocab_size=VOCAB, num_nextn_predict_layers=1).eval()
+    return tiny_model(seed=4, vocab_size=VOCAB, num_hidden_layers=2, num_nextn_predict_layers=1).eval()
 
 
 @cache
