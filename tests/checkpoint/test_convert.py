@@ -389,14 +389,32 @@ def test_another_format_starts_again(bf16: Path, begun: Path, tmp_path: Path) ->
     assert _files(begun) == _files(tmp_path / "y")
 
 
-def test_a_source_that_changes_under_way(bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"job": 1, "done": {"model.safetensors": "0"}}'])
+def test_a_journal_that_makes_no_sense(bf16: Path, in_fp8: Path, begun: Path, content: str) -> None:
+    (begun.with_name(".tmp-convert-x") / "journal.json").write_text(content)
+    convert(bf16, begun, "fp8")
+    assert _files(begun) == _files(in_fp8)
+
+
+def test_another_version_starts_again(
+    bf16: Path, begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dsv3.checkpoint.convert.__version__", "99")
+    convert(bf16, begun, "fp8")
+    assert "starting again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [_touch, lambda source: sorted(source.glob("*.safetensors"))[0].unlink()])
+def test_a_source_that_changes_under_way(
+    bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
     source = _copy(bf16, tmp_path / "a")
     original, calls = Weights.rows, [0]
 
     def rows(self: Weights, name: str, first: int, last: int) -> Tensor:
         calls[0] += 1
         if calls[0] == 60:
-            _touch(source)
+            change(source)
         return original(self, name, first, last)
 
     monkeypatch.setattr(Weights, "rows", rows)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv3 import __version__
 from dsv3.checkpoint import hf, names
 from dsv3.checkpoint.errors import CheckpointError, writing
 from dsv3.checkpoint.fp8 import FP8, outputs, quantization_config, translate
@@ -95,7 +96,10 @@ def convert(
         anew = to == "fp8" and ue8m0 and not ue8m0_source
         if not anew and all(weights.kind(name)[0] is kind for s in shards for name, kind in s.dtypes.items()):
             raise UserError(f"{source} is in {to} already; choose another --to, or copy it")
-        job = {"to": to, "ue8m0": ue8m0, "source": weights.state(), "config": sha256(source / "config.json")}
+        job = {
+            "dsv3": __version__, "to": to, "ue8m0": ue8m0,
+            "source": weights.state(), "config": sha256(source / "config.json"),
+        }  # fmt: skip
         with writing(target), unfinished(target, job) as work:
             left = _go_on(work, shards, workers)
             needed, free = sum(shard.nbytes for shard in left), shutil.disk_usage(work.folder).free

@@ -33,13 +33,12 @@ class Unfinished:
 
     def begin(self) -> bool:
         """Take up what an earlier call of the same job left; False where that was another job's."""
-        found = _journal(self.root)
-        same = found is None or found["job"] == self.job
-        self.done = found["done"] if found is not None and same else {}
+        was, done = _journal(self.root) or (self.job, {})
+        self.done = done if was == self.job else {}
         self.folder.mkdir(exist_ok=True)
         self.tidy()
         self._write()
-        return same
+        return was == self.job
 
     def tidy(self) -> None:
         """Remove what is not whole."""
@@ -109,9 +108,12 @@ def _root(target: Path) -> Path:
     return target.with_name(f"{TEMPORARY}convert-{target.name}")
 
 
-def _journal(root: Path) -> dict[str, Any] | None:
-    """What the journal says; None without one. It is replaced as a whole, so it is never half written."""
+def _journal(root: Path) -> tuple[Any, dict[str, str]] | None:
+    """The job and the files that are whole; None without a journal, no job where it is damaged."""
     try:
-        return json.loads((root / "journal.json").read_text(encoding="utf-8"))
+        tree = json.loads((root / "journal.json").read_text(encoding="utf-8"))
+        return tree["job"], tree["done"]
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError):
+        return None, {}

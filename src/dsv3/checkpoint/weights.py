@@ -138,9 +138,10 @@ class Weights:
         return sorted(weights, key=lambda name: (self._files[name].path, self.entries[name].start))
 
     def state(self) -> dict[str, list[int]]:
-        """Size in bytes and time of the last change, in nanoseconds, of every file now: to see changes."""
-        found = {file.path: file.path.stat() for file in self._files.values()}
-        return {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sorted(found.items())}
+        """Size in bytes and time of the last change, in nanoseconds, of every file that is there now."""
+        paths = sorted({file.path for file in self._files.values()})
+        found = {path.name: path.stat() for path in paths if path.exists()}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
     def file_of(self, name: str) -> SafetensorsFile:
         """The file that holds a tensor."""
