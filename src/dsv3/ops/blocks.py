@@ -135,6 +135,10 @@ def quantise(
     ``counts_E``: rows an expert of a two-dimensional ``x`` sorted by expert; no tile spans two experts.
     A tile with an infinity or a NaN dequantises to NaN, so that a loss shows it.
     """
+    if x.is_cuda:
+        from dsv3.ops import backend  # it builds on this file
+
+        return backend.quantise(x, tile, kind, power_of_two_scales, smallest_amax, counts_E)
     if native.usable(x) and tile != WHOLE:
         values, scales = native.quantise(
             x, _sizes(x.shape, tile), kind, power_of_two_scales, smallest_amax, counts_E
@@ -145,6 +149,19 @@ def quantise(
 
 def dequantise(q: Quantised) -> Tensor:
     """FP32 values, with ``q.shape``."""
+    if q.values.is_cuda:
+        from dsv3.ops import backend
+
+        return backend.dequantise(q)
     if native.usable(q.scales) and q.tile != WHOLE:
         return native.dequantise(q.values, q.scales, q.shape, _sizes(q.shape, q.tile), q.kind, q.counts_E)
     return dequantise_reference(q)
+
+
+def quantise_swiglu(gate_MF: Tensor, up_MF: Tensor, tile: Tile, counts_E: Tensor | None = None) -> Quantised:
+    """``silu(gate) * up`` in E4M3; on a GPU one kernel, with nothing in between in memory."""
+    if gate_MF.is_cuda:
+        from dsv3.ops import backend
+
+        return backend.swiglu(gate_MF, up_MF, tile, counts_E=counts_E)
+    return quantise(F.silu(gate_MF) * up_MF, tile, counts_E=counts_E)

@@ -1,5 +1,7 @@
 """The three products of a Linear on quantised operands: forward, dgrad, wgrad (report 3.3; floor 1).
 
+On a GPU ``backend`` chooses among kernels that are tested against it.
+
 Shapes: M rows (tokens), N outputs, K inputs, E experts. With ``counts_E`` (rows an expert) rows are sorted by
 expert and weights stacked; without it there is one weight.
 
@@ -15,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsv3.ops import backend
 from dsv3.ops.blocks import WHOLE, Quantised, dequantise
 from dsv3.ops.grouped import grouped_dgrad, grouped_linear, grouped_wgrad
 
@@ -73,8 +76,6 @@ def linear(
 ) -> Tensor:
     """``y = x w^T``: ``[M, K]`` and ``[N, K]`` (or ``[E, N, K]``) to ``[M, N]`` in ``dtype``."""
     if _on_gpu(accumulation, x, w):
-        from dsv3.ops import backend
-
         return backend.linear(x, w, counts_E, dtype)
     x_MK, w_NK = dequantise(x), dequantise(w)
     if accumulation != "promoted":
@@ -92,8 +93,6 @@ def dgrad(
 ) -> Tensor:
     """``g w``: the gradient of the rows, ``[M, N]`` to ``[M, K]`` in ``dtype``."""
     if _on_gpu(accumulation, g, w):
-        from dsv3.ops import backend
-
         return backend.dgrad(g, w, counts_E, dtype)
     g_MN, w_NK = dequantise(g), dequantise(w)
     if accumulation != "promoted":
@@ -106,8 +105,6 @@ def wgrad(
 ) -> Tensor:
     """``g^T x``: the gradient of the weights, FP32 ``[N, K]`` (or ``[E, N, K]``, zero for an idle expert)."""
     if _on_gpu(accumulation, g, x):
-        from dsv3.ops import backend
-
         return backend.wgrad(g, x, counts_E)
     g_MN, x_MK = dequantise(g), dequantise(x)
     if accumulation != "promoted":

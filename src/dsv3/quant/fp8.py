@@ -18,7 +18,7 @@ from dsv3.config.fp8 import FP8Section
 from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import MLP, Experts, Linear
 from dsv3.ops import fp8
-from dsv3.ops.blocks import COLUMN, ROW, TILES, Quantised, Tile, dequantise, quantise
+from dsv3.ops.blocks import COLUMN, ROW, TILES, Quantised, Tile, dequantise, quantise, quantise_swiglu
 from dsv3.ops.formats import E4M3, FORMATS, Format
 
 
@@ -161,7 +161,7 @@ class _SwiGLU(torch.autograd.Function):
         x_rows = recipe.rows(x_MD, counts_E, travelled)
         gate_MF = recipe.linear(x_rows, gate, counts_E, dtype)
         up_MF = recipe.linear(x_rows, up, counts_E, dtype)
-        hidden = recipe.rows(F.silu(gate_MF) * up_MF, counts_E)
+        hidden = quantise_swiglu(gate_MF, up_MF, recipe.activation, counts_E)
         if section.swiglu == "fp8":
             kept = [Kept(quantise(x, ROW)) for x in (gate_MF, up_MF)]
         else:
