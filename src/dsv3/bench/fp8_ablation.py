@@ -201,10 +201,8 @@ def draw(out: Path, names: list[str], path: Path) -> None:
     for number, name in enumerate(name for name in names if name != REFERENCE):
         gap = gap_percent(np.array([line["loss"] for line in _steps(out / name)]), reference)
         steps = np.arange(len(gap)) + len(reference) - len(gap)
-        style = (
-            dict(linewidth=2.2, color="black") if name == "fp8" else dict(linewidth=1.2, color=f"C{number}")
-        )
-        axis.plot(steps, gap, label=VARIATIONS[name][0], **style)
+        color, width = ("black", 2.2) if name == "fp8" else (f"C{number}", 1.2)
+        axis.plot(steps, gap, label=VARIATIONS[name][0], color=color, linewidth=width)
     axis.set_xlabel("step")
     axis.set_ylabel(f"loss above FP32's, % (means of {SMOOTH} steps)")
     axis.grid(True, color="0.9", linewidth=0.6)
