@@ -264,7 +264,10 @@ def test_as_many_tiles_as_there_can_be() -> None:
         assert tiles <= most_tiles(sum(counts), len(counts), 128) <= tiles + len(counts)
 
 
-@pytest.mark.parametrize("operator", backend.ORDER)
+@pytest.mark.parametrize(
+    "operator",
+    [pytest.param(name, marks=() if "grouped" in name else pytest.mark.slow) for name in backend.ORDER],
+)
 def test_the_example_that_decides_whether_they_are_used(
     operator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
