@@ -399,7 +399,7 @@ def test_a_journal_that_makes_no_sense(bf16: Path, in_fp8: Path, begun: Path, co
 def test_another_version_starts_again(
     bf16: Path, begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dsv3.checkpoint.convert.__version__", "99")
+    monkeypatch.setattr("dsv3.checkpoint.convert.MADE_BY", "dsv3-convert/99")
     convert(bf16, begun, "fp8")
     assert "starting again" in capsys.readouterr().err
 

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv3 import __version__
 from dsv3.checkpoint import hf, names
 from dsv3.checkpoint.errors import CheckpointError, writing
 from dsv3.checkpoint.fp8 import FP8, outputs, quantization_config, translate
@@ -40,6 +39,9 @@ from dsv3.ops import native
 
 FORMATS = {"fp8": FP8, "bf16": torch.bfloat16, "fp32": torch.float32}
 SCALE_FORMATS = ("float", "ue8m0")
+MADE_BY = (
+    "dsv3-convert/1"  # another number when the same source gives other bytes: then nothing is gone on with
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def convert(
         if not anew and all(weights.kind(name)[0] is kind for s in shards for name, kind in s.dtypes.items()):
             raise UserError(f"{source} is in {to} already; choose another --to, or copy it")
         job = {
-            "dsv3": __version__, "to": to, "ue8m0": ue8m0,
+            "made_by": MADE_BY, "to": to, "ue8m0": ue8m0,
             "source": weights.state(), "config": sha256(source / "config.json"),
         }  # fmt: skip
         with writing(target), unfinished(target, job) as work:
