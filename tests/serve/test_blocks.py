@@ -65,6 +65,8 @@ def test_the_least_recently_used_goes_first_and_ends_before_beginnings() -> None
     large = sequence([99] * 12)
     assert manager.admit(large, 12)  # three blocks: those without a name, then the end of the older
     assert unnamed < set(large.blocks)
+    for digest, number in manager._named.items():  # what was evicted is not found any more
+        assert manager.blocks[number].digest == digest
     manager.release(large)
     manager.release(served(manager, [*range(50, 59)]))  # used again
     assert served(manager, [*range(5)]).reused == 4

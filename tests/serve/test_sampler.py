@@ -94,6 +94,15 @@ def test_distributions(
     assert all(found[number, token] > 0 for number, token in enumerate(chosen))
 
 
+@pytest.mark.parametrize("size", [600, 5000])
+def test_top_p_beyond_the_tokens_looked_at_first(size: int) -> None:
+    """An even distribution: nine tenths of all tokens stay, more than the first look sees."""
+    logits = torch.linspace(0, 1e-3, size)[None]
+    found = probabilities(logits, [SamplingParams(top_p=0.9)])
+    assert abs(int((found > 0).sum()) - 0.9 * size) <= 0.01 * size
+    assert found[0, 0] == 0 and found[0, -1] > 0
+
+
 def test_bias_beyond_the_vocabulary_is_ignored() -> None:
     row = Row(sequence(SamplingParams(logit_bias={V: 5.0, 2: 1.0}, repetition_penalty=2.0), [V + 3, 1]))
     assert adjust(torch.zeros(1, V), [row])[0].tolist() == [0, 0, 1, *[0] * (V - 3)]

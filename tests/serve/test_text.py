@@ -42,6 +42,13 @@ def test_any_cut_of_any_text(text: str, sizes: list[int], stops: list[str]) -> N
     assert matched == bool(ends) and detokeniser.text == wanted
 
 
+def test_the_stop_text_complete_first_wins_however_the_text_is_cut() -> None:
+    for tokens in ([b"xabab"], [b"xa", b"ba", b"b"], [b"x", b"a", b"b", b"a", b"b"]):
+        detokeniser = Detokeniser(tokens, stops=["abab", "ba"])
+        assert any(detokeniser.push(number) for number in range(len(tokens)))
+        assert detokeniser.text == "xa"
+
+
 def test_a_character_in_three_tokens_is_shown_when_whole() -> None:
     detokeniser = Detokeniser([b"x", b"\xe6\x97", b"\xa5"])
     seen = []
