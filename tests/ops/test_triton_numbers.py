@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 
@@ -31,7 +32,7 @@ def run(interpret: str, marked: str) -> None:
 
 
 def interpreted(marked: str) -> None:
-    if triton.__version__ < "3.9" and numpy.__version__ >= "2.4":
+    if Version(triton.__version__) < Version("3.9") and Version(numpy.__version__) >= Version("2.4"):
         pytest.skip("the interpreter of this Triton does not know this numpy")
     run("1", marked)
 

@@ -74,6 +74,7 @@ def quantise_kernel(
     KEEP_SMALL: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     LARGEST: tl.constexpr, MANTISSA: tl.constexpr, SMALLEST_EXPONENT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
+    """FP32 or BF16 (``GATED``: SwiGLU of two) to numbers and FP32 scales, one row of tiles a program."""
     tile, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     if EXPERTS == 0:
         first, end = tile * ROWS, M
@@ -136,6 +137,7 @@ def dequantise_kernel(
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
+    """Numbers times the FP32 scales of their tiles, to FP32."""
     tile, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     if EXPERTS == 0:
         first, end = tile * ROWS, M
