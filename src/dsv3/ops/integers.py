@@ -4,7 +4,8 @@ Shapes: N outputs, K inputs, G groups of inputs; any leading dimensions (experts
 
 INT8 is symmetric: value = number times the scale of its output. INT4 has a smallest value and a step a group
 of 32, 64 or 128 inputs, since sixteen levels are too few to waste one side of them:
-value = (number - 8) * scale + middle, which is the form torch's int4 products take.
+value = (number - 8) * scale + middle. Its bytes lie so that sixteen of them become two vectors of sixteen
+numbers with one mask and one shift (ops/packed.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from dsv3.common.errors import UserError
 
 GROUPS = (32, 64, 128)
+SPAN = 32  # inputs whose INT4 numbers are packed together
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,11 @@ class Int8:
 
 @dataclass(frozen=True)
 class Int4:
-    """Two numbers 0 .. 15 a byte, the first in the low half: ``values`` uint8 ``[..., N, ceil(K / 2)]``.
+    """Numbers 0 .. 15: ``values`` uint8 ``[..., N, 16 ceil(K / 32)]``.
 
-    ``scales`` and ``middles`` FP32 ``[..., N, G]``; ``inputs`` is K; the last group may be smaller.
+    Of every 32 inputs, byte i of 16 holds number i in its low half and number i + 16 in its high half; the
+    last 32 are filled up with zeros. ``scales`` and ``middles`` FP32 ``[..., N, G]``; ``inputs`` is K; the
+    last group may be smaller.
     """
 
     values: Tensor
@@ -47,8 +51,8 @@ class Int4:
 
     def numbers(self) -> Tensor:
         """The numbers 0 .. 15, uint8 ``[..., N, K]``."""
-        both = torch.stack((self.values & 0xF, self.values >> 4), dim=-1)
-        return both.flatten(-2)[..., : self.inputs]
+        bytes_16 = self.values.unflatten(-1, (-1, SPAN // 2))
+        return torch.cat((bytes_16 & 0xF, bytes_16 >> 4), dim=-1).flatten(-2)[..., : self.inputs]
 
     def dequantise(self) -> Tensor:
         """FP32 ``[..., N, K]``."""
@@ -87,8 +91,7 @@ def quantise_int4(w: Tensor, group: int = 128) -> Int4:
     middles = torch.where(greatest == least, least, least + 8 * scales)
     scales = torch.where((least.isfinite() & greatest.isfinite()), scales, torch.nan)
     numbers = ((grouped - middles[..., None]) / scales[..., None]).nan_to_num(0.0).round() + 8
-    codes = numbers.clamp(0, 15).to(torch.uint8).flatten(-2)[..., : inputs + inputs % 2]
-    if codes.shape[-1] % 2:
-        codes = F.pad(codes, (0, 1))
-    low, high = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return Int4(low | (high << 4), scales, middles, group, inputs)
+    codes = numbers.clamp(0, 15).to(torch.uint8).flatten(-2)[..., :inputs]
+    codes = F.pad(codes, (0, -inputs % SPAN))
+    low, high = codes.unflatten(-1, (-1, 2, SPAN // 2)).unbind(-2)
+    return Int4((low | (high << 4)).flatten(-2), scales, middles, group, inputs)

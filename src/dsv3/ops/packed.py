@@ -1,0 +1,49 @@
+"""Products with weights as they are kept for serving: dense FP32 or BF16, INT8, or INT4 (floor 1).
+
+Nothing is dequantised beforehand: a step of decoding reads every weight once, so what it costs is the bytes.
+
+Shapes: N outputs, K inputs, E experts, M rows sorted by expert, D hidden, F expert hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dsv3.ops.integers import Int4, Int8
+
+Weight = Tensor | Int8 | Int4
+
+
+def dense(w: Weight) -> Tensor:
+    """FP32 ``[..., N, K]``."""
+    return w.float() if isinstance(w, Tensor) else w.dequantise()
+
+
+def linear_reference(x: Tensor, w: Weight) -> Tensor:
+    """``x W^T``: ``[..., K] -> [..., N]`` in x's dtype; the specification."""
+    return F.linear(x.float(), dense(w)).to(x.dtype)
+
+
+def experts_reference(x_MD: Tensor, counts_E: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    """Each expert's SwiGLU of its rows: ``[M, D] -> [M, D]`` in x's dtype; the specification.
+
+    ``gate`` and ``up`` are ``[E, F, D]``, ``down`` is ``[E, D, F]``.
+    """
+    g_EFD, u_EFD, d_EDF = dense(gate), dense(up), dense(down)
+    pieces = [
+        F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)
+        for x, g, u, d in zip(x_MD.float().split(counts_E.tolist()), g_EFD, u_EFD, d_EDF)
+    ]
+    return torch.cat(pieces).to(x_MD.dtype)
+
+
+def linear(x: Tensor, w: Weight) -> Tensor:
+    """``x W^T``: ``[..., K] -> [..., N]`` in x's dtype, sums in FP32."""
+    return linear_reference(x, w)
+
+
+def experts(x_MD: Tensor, counts_E: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    """Each expert's SwiGLU of its rows (see :func:`experts_reference`)."""
+    return experts_reference(x_MD, counts_E, gate, up, down)
