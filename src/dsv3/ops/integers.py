@@ -2,9 +2,9 @@
 
 Shapes: N outputs, K inputs, G groups of inputs; any leading dimensions (experts).
 
-INT8 is symmetric: value = number times the scale of its output. INT4 has a smallest value and a step a group
-of 32, 64 or 128 inputs, since sixteen levels are too few to waste one side of them:
-value = (number - 8) * scale + middle. Its bytes lie so that sixteen of them become two vectors of sixteen
+INT8 is symmetric: value = number * scale, a scale an output. INT4 has a step and a least value a group of 32,
+64 or 128 inputs, since sixteen levels are too few to waste one side of them:
+value = number * scale + least. Its bytes lie so that sixteen of them become two vectors of sixteen
 numbers with one mask and one shift (ops/packed.py).
 """
 
@@ -39,13 +39,13 @@ class Int4:
     """Numbers 0 .. 15: ``values`` uint8 ``[..., N, 16 ceil(K / 32)]``.
 
     Of every 32 inputs, byte i of 16 holds number i in its low half and number i + 16 in its high half; the
-    last 32 are filled up with zeros. ``scales`` and ``middles`` FP32 ``[..., N, G]``; ``inputs`` is K; the
+    last 32 are filled up with zeros. ``scales`` and ``leasts`` FP32 ``[..., N, G]``; ``inputs`` is K; the
     last group may be smaller.
     """
 
     values: Tensor
     scales: Tensor
-    middles: Tensor
+    leasts: Tensor
     group: int
     inputs: int
 
@@ -56,10 +56,10 @@ class Int4:
 
     def dequantise(self) -> Tensor:
         """FP32 ``[..., N, K]``."""
-        scales, middles = (
-            x.repeat_interleave(self.group, dim=-1)[..., : self.inputs] for x in (self.scales, self.middles)
+        scales, leasts = (
+            x.repeat_interleave(self.group, dim=-1)[..., : self.inputs] for x in (self.scales, self.leasts)
         )
-        return (self.numbers().float() - 8) * scales + middles
+        return self.numbers().float() * scales + leasts
 
 
 def quantise_int8(w: Tensor) -> Int8:
@@ -73,7 +73,7 @@ def quantise_int8(w: Tensor) -> Int8:
 
 
 def quantise_int4(w: Tensor, group: int = 128) -> Int4:
-    """Round a weight ``[..., N, K]`` to INT4, a scale and a middle a group. Not finite: the group is NaN.
+    """Round a weight ``[..., N, K]`` to INT4, a scale and a least value a group. Not finite: the group is NaN.
 
     Raises :class:`UserError` for a group other than 32, 64 or 128.
     """
@@ -85,13 +85,11 @@ def quantise_int4(w: Tensor, group: int = 128) -> Int4:
     padded = F.pad(w.flatten(0, -2), (0, -inputs % group), mode="replicate").unflatten(0, w.shape[:-1])
     grouped = padded.unflatten(-1, (-1, group))
     least, greatest = grouped.aminmax(dim=-1)
-    # Halved before the difference, which could overflow.
-    scales = (greatest / 15 - least / 15).clamp(min=torch.finfo(torch.float32).tiny)
+    scales = ((greatest - least) / 15).clamp(min=torch.finfo(torch.float32).tiny)
     scales = torch.where(greatest == least, 1.0, scales)
-    middles = torch.where(greatest == least, least, least + 8 * scales)
     scales = torch.where((least.isfinite() & greatest.isfinite()), scales, torch.nan)
-    numbers = ((grouped - middles[..., None]) / scales[..., None]).nan_to_num(0.0).round() + 8
+    numbers = ((grouped - least[..., None]) / scales[..., None]).nan_to_num(0.0).round()
     codes = numbers.clamp(0, 15).to(torch.uint8).flatten(-2)[..., :inputs]
     codes = F.pad(codes, (0, -inputs % SPAN))
     low, high = codes.unflatten(-1, (-1, 2, SPAN // 2)).unbind(-2)
-    return Int4((low | (high << 4)).flatten(-2), scales, middles, group, inputs)
+    return Int4((low | (high << 4)).flatten(-2), scales, least, group, inputs)
