@@ -9,7 +9,7 @@ i = ceil(I / 128).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +19,13 @@ from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import Experts, GroupedLinear, Linear
 from dsv3.ops.blocks import BLOCK, Quantised, dequantise
 from dsv3.ops.formats import E4M3
+from dsv3.quant.swap import FixedDtypes, swap
 
 NUMBERS, SCALES = "weight", "weight_scale_inv"  # the files' names
 BAND = 2**21  # numbers of a matrix that are dense at a time; whole large ones take two to three times as long
 
 
-class _Frozen(nn.Module):
+class _Frozen(FixedDtypes):
     """FP8 numbers ``[..., O, I]`` and the FP32 scales ``[..., o, i]`` of their blocks, as buffers."""
 
     weight_scale_inv: Tensor
@@ -34,16 +35,6 @@ class _Frozen(nn.Module):
         blocks = (-(-shape[-2] // BLOCK.rows), -(-shape[-1] // BLOCK.columns))
         self.register_buffer(NUMBERS, torch.empty(shape, dtype=E4M3.dtype))
         self.register_buffer(SCALES, torch.empty((*shape[:-2], *blocks), dtype=torch.float32))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        # model.bfloat16() must not cast the numbers: without their scales they are not the weights.
-        kept = {name: getattr(self, name) for name in (NUMBERS, SCALES)}
-        super()._apply(fn, recurse)
-        for name, was in kept.items():
-            now = getattr(self, name)
-            if now.dtype != was.dtype:
-                setattr(self, name, was.to(now.device))
-        return self
 
 
 def _product(x: Tensor, numbers_OI: Tensor, scales_oi: Tensor) -> Tensor:
@@ -127,12 +118,7 @@ def freeze(model: nn.Module) -> None:
     with torch.device("meta"):
         for path, module in list(model.named_modules()):
             if isinstance(module, Experts):
-                _replace(model, path, FrozenExperts(module))
+                swap(model, path, FrozenExperts(module))
         for path, matrix in list(linears(model)):
             if isinstance(matrix, Linear):
-                _replace(model, path, FrozenLinear(matrix.weight.shape))
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+                swap(model, path, FrozenLinear(matrix.weight.shape))
