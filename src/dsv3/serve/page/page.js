@@ -210,8 +210,8 @@ function failed(error, again) {
 function figures(usage, wait, writing) {
   const all = [];
   const tokens = usage?.completion_tokens || 0;
-  if (tokens > 1 && writing > 0) all.push(["Speed", `${number((tokens - 1) / writing * 1000)} tokens/s`]);
-  if (wait > 0) all.push(["First text after", `${number(wait / 1000)} s`]);
+  if (tokens > 1 && writing > 0) all.push(["Speed", `${Number(((tokens - 1) / writing * 1000).toPrecision(3))} tokens/s`]);
+  if (wait > 0) all.push(["First text after", `${(wait / 1000).toFixed(2)} s`]);
   if (!usage) return all;
   const { accepted_prediction_tokens: good = 0, rejected_prediction_tokens: bad = 0, reasoning_tokens: thought = 0 } =
     usage.completion_tokens_details || {};
@@ -221,8 +221,6 @@ function figures(usage, wait, writing) {
   all.push(["Prompt from cache", `${hit} of ${usage.prompt_tokens} tokens`]);
   return all;
 }
-
-const number = (value) => Number(value.toPrecision(3)).toString();
 
 // Controls
 
