@@ -1,4 +1,4 @@
-"""The chat page: plain HTML, CSS and JavaScript beside this file, with nothing to build or to fetch elsewhere.
+"""The chat page: plain HTML, CSS and JavaScript beside this file, nothing to build or fetch elsewhere.
 
 A server hands out :func:`files` at its root and sends :data:`HEADERS` with each of them.
 """
