@@ -28,7 +28,7 @@ CODE = (
 
 
 class FakeApi(ThreadingHTTPServer):
-    """``requests``: bodies of chat requests; ``gone``: set when a client hangs up; ``key``: asked for if set."""
+    """``requests``: bodies of chat requests; ``gone``: set when a client hangs up; ``key``: if set, wanted."""
 
     daemon_threads = True
 

@@ -39,7 +39,7 @@ def server() -> Iterator[FakeApi]:
 
 @pytest.fixture
 def page(browser: Any, server: FakeApi) -> Iterator[Any]:
-    """A fresh visitor. The page may not write an error to the console, nor ask another origin for anything."""
+    """A fresh visitor. The page may not log an error, nor ask another origin for anything."""
     server.requests.clear()
     server.gone.clear()
     server.key = ""
