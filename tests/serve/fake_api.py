@@ -28,7 +28,7 @@ CODE = (
 
 
 class FakeApi(ThreadingHTTPServer):
-    """``requests``: bodies of chat requests; ``gone``: set when a client hangs up; ``key``: if set, wanted."""
+    """``requests``: bodies of chat requests; ``gone``: a client hung up; ``key``: wanted, if not empty."""
 
     daemon_threads = True
 
