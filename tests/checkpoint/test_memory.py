@@ -33,7 +33,7 @@ folder, dtype, job = sys.argv[1:]
 if job == "convert":
     from dsv3.checkpoint.convert import convert
     from dsv3.ops.native import library
-    library()
+    library("quantise")
     base = peak()
     convert(folder, folder + ".fp8", "fp8", workers=2)
     there = peak() - base

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv3.ops import native
 from dsv3.ops.formats import E4M3, Format, pack, power_of_two, unpack
+from dsv3.ops.native import quantise as compiled
 
 
 class Tile(NamedTuple):
@@ -139,8 +140,8 @@ def quantise(
         from dsv3.ops import backend  # it builds on this file
 
         return backend.quantise(x, tile, kind, power_of_two_scales, smallest_amax, counts_E)
-    if native.usable(x) and tile != WHOLE:
-        values, scales = native.quantise(
+    if native.usable(x, "quantise") and tile != WHOLE:
+        values, scales = compiled.quantise(
             x, _sizes(x.shape, tile), kind, power_of_two_scales, smallest_amax, counts_E
         )
         return Quantised(values, scales, x.shape, tile, kind, counts_E)
@@ -153,8 +154,8 @@ def dequantise(q: Quantised) -> Tensor:
         from dsv3.ops import backend
 
         return backend.dequantise(q)
-    if native.usable(q.scales) and q.tile != WHOLE:
-        return native.dequantise(q.values, q.scales, q.shape, _sizes(q.shape, q.tile), q.kind, q.counts_E)
+    if native.usable(q.scales, "quantise") and q.tile != WHOLE:
+        return compiled.dequantise(q.values, q.scales, q.shape, _sizes(q.shape, q.tile), q.kind, q.counts_E)
     return dequantise_reference(q)
 
 

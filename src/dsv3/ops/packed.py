@@ -1,6 +1,8 @@
 """Products with weights as they are kept for serving: dense FP32 or BF16, INT8, or INT4 (floor 1).
 
 Nothing is dequantised beforehand: a step of decoding reads every weight once, so what it costs is the bytes.
+Where there is a compiler, ``native/decode.cpp`` does the work; each of its sums has one order, so that a row's
+result does not depend on how many rows there are.
 
 Shapes: N outputs, K inputs, E experts, M rows sorted by expert, D hidden, F expert hidden.
 """
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops.integers import Int4, Int8
+from dsv3.ops.native import decode
 
 Weight = Tensor | Int8 | Int4
 
@@ -41,9 +44,13 @@ def experts_reference(x_MD: Tensor, counts_E: Tensor, gate: Weight, up: Weight, 
 
 def linear(x: Tensor, w: Weight) -> Tensor:
     """``x W^T``: ``[..., K] -> [..., N]`` in x's dtype, sums in FP32."""
+    if decode.usable(x) and decode.packs(w):
+        return decode.linear(x, w).to(x.dtype)
     return linear_reference(x, w)
 
 
 def experts(x_MD: Tensor, counts_E: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
     """Each expert's SwiGLU of its rows (see :func:`experts_reference`)."""
+    if decode.usable(x_MD) and all(map(decode.packs, (gate, up, down))):
+        return decode.experts(x_MD, counts_E, gate, up, down).to(x_MD.dtype)
     return experts_reference(x_MD, counts_E, gate, up, down)
