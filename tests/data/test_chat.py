@@ -124,3 +124,13 @@ def test_bad_messages_are_refused() -> None:
         chat.render([{"role": "user", "content": 3}])
     with pytest.raises(UserError, match="content"):
         chat.render([{"role": "assistant", "content": None}])
+
+
+def test_an_answer_to_be_continued_is_left_open() -> None:
+    begun = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>r</think>a"}]
+    whole = chat.render(begun, keep_think=True).text
+    assert chat.render(begun, continue_final=True).text == whole.removesuffix("<｜end▁of▁sentence｜>")
+    with_more = [*begun, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "b"}]
+    assert chat.render(with_more, continue_final=True).text == (
+        "<｜begin▁of▁sentence｜><｜User｜>q<｜Assistant｜>a<｜end▁of▁sentence｜><｜User｜>q2<｜Assistant｜>b"
+    )

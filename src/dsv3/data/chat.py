@@ -159,16 +159,19 @@ def pieces(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     keep_think: bool = False,
+    continue_final: bool = False,
 ) -> list[Piece]:
     """A conversation as runs of text, each marked as control tokens or not, answer or not.
 
     ``messages``: dicts with ``role`` and ``content`` (and ``tool_calls``), as in the OpenAI API; ``tools``:
-    the API's function descriptions, told in the system prompt. Raises :class:`UserError` for a bad role.
+    the API's function descriptions, told in the system prompt. ``continue_final``: the last message, the
+    assistant's, is the beginning of an answer: its reasoning stays and nothing ends it. Raises
+    :class:`UserError` for a bad role.
     """
     _check(messages)
     found = [Piece(s.BOS, control=True), Piece(_system(messages, tools))]
     after_tool = False
-    for message in messages:
+    for number, message in enumerate(messages):
         role = message["role"]
         if role == "tool":
             if not after_tool:
@@ -187,7 +190,9 @@ def pieces(
             else:
                 if not after_tool:
                     found.append(Piece(s.ASSISTANT, control=True))
-                found += _answer(message, keep_think)
+                final = continue_final and number == len(messages) - 1
+                answer = _answer(message, keep_think or final)
+                found += answer[:-1] if final else answer
             after_tool = False
     if after_tool:
         found.append(Piece(s.TOOL_OUTPUTS_END, control=True))
