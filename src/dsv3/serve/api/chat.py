@@ -102,11 +102,11 @@ def _constraint(server: Server, body: ChatRequest) -> dict[str, Any]:
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
         tools = [tool for tool in tools if tool["function"]["name"] == name]
-        return {"grammar": grammar(server.tokenizer, tools, many=False)}
+        return {"grammar": grammar(tools, many=False)}
     if body.tool_choice == "required":
-        return {"grammar": grammar(server.tokenizer, tools, many=many)}
+        return {"grammar": grammar(tools, many=many)}
     if schema is not None and tools:
-        return {"grammar": grammar(server.tokenizer, tools, many=many, instead=schema)}
+        return {"grammar": grammar(tools, many=many, instead=schema)}
     return {} if schema is None else {"json_schema": schema}
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv3.data import special as s
-from dsv3.data.tokenizer import Tokenizer
 from dsv3.serve.api.markers import Markers
+from dsv3.serve.grammar import JSON_OPTIONS
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 MOST_CALLS = 16  # in one answer, where a grammar makes the model call
@@ -145,36 +145,31 @@ def _without_fence(text: str) -> str:
 
 
 def grammar(
-    tokenizer: Tokenizer,
     tools: Sequence[Mapping[str, Any]],
     *,
     many: bool = True,
     instead: Mapping[str, Any] | None = None,
 ) -> str:
-    """Lark text (llguidance) of an answer that calls one of ``tools``, with arguments by its schema.
+    """Lark text (llguidance) of an answer that calls ``tools``, with arguments by their schemas.
 
     ``many``: one call or more. ``instead``: a JSON schema the answer may follow rather than call.
     """
 
-    def token(name: str) -> str:
-        return f"<[{tokenizer.special(name)}]>"
-
-    def text(value: str) -> str:
-        return json.dumps(value, ensure_ascii=False)
+    def document(schema: Mapping[str, Any]) -> str:
+        return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
 
     more = f' ("\\n" call){{0,{MOST_CALLS - 1}}}' if many else ""
     lines = [
         "start: calls" + (" | answer" if instead is not None else ""),
-        f"calls: {token('tool_calls_begin')} call{more} {token('tool_calls_end')}",
-        f'call: {token("tool_call_begin")} "function" {token("tool_sep")} body {token("tool_call_end")}',
+        f"calls: {s.TOOL_CALLS_BEGIN} call{more} {s.TOOL_CALLS_END}",
+        f'call: {s.TOOL_CALL_BEGIN} "function" {s.TOOL_SEP} body {s.TOOL_CALL_END}',
         "body: " + " | ".join(f"body_{number}" for number in range(len(tools))),
     ]
     for number, tool in enumerate(tools):
         function = tool["function"]
-        schema = json.dumps(function.get("parameters") or {"type": "object"})
-        begin = text(function["name"] + "\n```json\n")
+        begin = json.dumps(function["name"] + "\n```json\n")
         lines.append(f'body_{number}: {begin} arguments_{number} "\\n```"')
-        lines.append(f"arguments_{number}: %json {schema}")
+        lines.append(f"arguments_{number}: {document(function.get('parameters') or {'type': 'object'})}")
     if instead is not None:
-        lines.append(f"answer: %json {json.dumps(instead)}")
+        lines.append(f"answer: {document(instead)}")
     return "\n".join(lines) + "\n"
