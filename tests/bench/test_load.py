@@ -67,6 +67,9 @@ def test_the_sums_by_hand() -> None:
     assert found["time_per_token"]["p50"] == pytest.approx((0.3 / 3 + 0.4 / 2) / 2)
     assert found["end_to_end"]["p99"] == pytest.approx(0.5 + 0.99 * 0.3)
     assert summary([bad])["tokens_per_second"] == 0.0
+    twice = summary([one, two, bad], [one, two])
+    assert twice["seconds"] == pytest.approx(2 * 1.3)
+    assert (twice["completion_tokens"], twice["requests"]) == (14, 5)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import ipaddress
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -227,26 +228,27 @@ def per_token(outcomes: Sequence[Outcome]) -> list[float]:
     return [(one.pieces[-1] - one.pieces[0]) / (one.tokens - 1) for one in long]
 
 
-def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Throughput over the time from the first arrival to the last end; latencies of the answered in seconds.
+def summary(*runs: Sequence[Outcome]) -> dict[str, Any]:
+    """Throughput over the time from each run's first arrival to its last end; latencies of the answered in
+    seconds.
 
     ``cache_hit_rate``: share of the prompts' tokens found in the cache; ``acceptance_rate``: share of the
     drafts that stood, None without drafts; ``errors``: how many of each kind.
     """
-    good = [one for one in outcomes if not one.error]
-    errors: dict[str, int] = {}
-    for one in outcomes:
-        if one.error:
-            errors[one.error] = errors.get(one.error, 0) + 1
+    every = [one for run in runs for one in run]
+    good = [one for one in every if not one.error]
+    seconds = 0.0
+    for run in runs:
+        answered = [one for one in run if not one.error]
+        if answered:
+            seconds += max(one.arrival + one.end for one in answered) - min(one.arrival for one in answered)
     tokens = sum(one.tokens for one in good)
     prompt = sum(one.prompt_tokens for one in good)
     drafted = sum(one.accepted + one.rejected for one in good)
-    begin = min((one.arrival for one in good), default=0.0)
-    seconds = max((one.arrival + one.end for one in good), default=0.0) - begin
     return {
-        "requests": len(outcomes),
+        "requests": len(every),
         "answered": len(good),
-        "errors": errors,
+        "errors": dict(Counter(one.error for one in every if one.error)),
         "seconds": seconds,
         "completion_tokens": tokens,
         "prompt_tokens": prompt,
