@@ -181,7 +181,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axis, name in zip(figure.subplots(1, len(shown)), shown):
         for label, times in result["latencies"].items():
             values = [1000 * value for value in times[name]]
-            axis.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=label, linewidth=1.4)
+            axis.ecdf(values, label=label, linewidth=1.4)
         axis.set(title=name.replace("_", " "), xlabel="milliseconds", ylim=(0, 1))
         axis.grid(True, color="0.9", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)

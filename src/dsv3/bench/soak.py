@@ -1,8 +1,8 @@
-"""``dsv3 bench serve --soak``: a server among good, bad, aborted and oversized requests, and a check-up after.
+"""``dsv3 bench serve --soak``: a server among good, bad, aborted and oversized requests, and a check-up.
 
-Some clients ask at random for a while. All the time a good request must be answered as the idle server answered
-it, and every other in the way it deserves. Afterwards no cache block may be held, memory may not have grown,
-and the idle server must answer as before.
+Some clients ask at random for a while. All the time a good request must be answered as the idle server
+answered it, and every other in the way it deserves. Afterwards no cache block may be held, memory may not
+have grown, and the idle server must answer as before.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPTS = 12
 ANSWER = 24  # tokens
 # A small cache and queue: blocks are evicted, answers preempted, requests refused. All of the cache has been
 # touched after a short while, so that later growth of memory is not its.
-OPTIONS = ("--cache-tokens", "2048", "--max-batch", "4", "--max-queue", "4", "--max-body", "65536",
+OPTIONS = ("--cache-tokens", "640", "--max-batch", "4", "--max-queue", "4", "--max-body", "65536",
            "--log-level", "error")  # fmt: skip
 GROWTH = 1.05  # memory of the last quarter may be so many times that of the second
 
@@ -252,9 +252,7 @@ def _when_idle(target: Target, patience: float = 60.0) -> dict[str, float]:
     end = time.monotonic() + patience
     while True:
         found = gauges(target)
-        busy = (
-            found["dsv3_requests_running"] + found["dsv3_requests_waiting"] + found["dsv3_cache_blocks_used"]
-        )
+        busy = any(found[name] for name in BUSY)
         if not busy or time.monotonic() > end:
             return found
         time.sleep(0.2)
@@ -263,15 +261,15 @@ def _when_idle(target: Target, patience: float = 60.0) -> dict[str, float]:
 def report(result: dict[str, Any]) -> str:
     """What was asked, and whether all held."""
     memory = result["memory_bytes"]
-    lines = [
-        f"{result['minutes']:g} minutes, {sum(result['requests'].values())} requests by {CLIENTS} clients"
-    ]
+    total = sum(result["requests"].values())
+    lines = [f"{result['minutes']:g} minutes, {total} requests by {CLIENTS} clients"]
     lines += [f"  {name:<28} {count}" for name, count in result["requests"].items()]
     lines += [f"wrong, {count} x {what}" for what, count in result["wrong"].items()]
     lines.append(
         f"memory {memory['second_quarter'] / 2**20:.1f} MiB in the second quarter,"
         f" {memory['last_quarter'] / 2**20:.1f} MiB in the last;"
-        f" {result['preemptions']:.0f} preemptions, {result['prefix_cache_hit_tokens']:.0f} tokens from the cache"
+        f" {result['preemptions']:.0f} preemptions,"
+        f" {result['prefix_cache_hit_tokens']:.0f} tokens of prompts from the cache"
     )
     lines += [f"{'held' if holds else 'FAILED'}: {check}" for check, holds in result["checks"].items()]
     return "\n".join(lines)
