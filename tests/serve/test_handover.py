@@ -69,7 +69,7 @@ def step_until_it_answers(one: Engine, prompt: list[int], params: SamplingParams
     return sequence
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.lists(
         st.tuples(st.integers(0, 1), st.integers(1, 50), st.none() | st.integers(0, 2), st.integers(0, 4)),
@@ -125,10 +125,17 @@ def test_what_is_handed_over_is_found_again_by_others() -> None:
     give(second, over_the_wire(take(first, step_until_it_answers(first, prompt, WISH, 0))), "moved")
     while second.busy:
         second.step()
-    again = run(second, prompt[:40], WISH)
-    assert again.cached_tokens == 32
-    assert again.answer == run(engine(2), prompt[:40], WISH).answer
-    fresh = run(engine(2), prompt[:40], WISH)
+    cold = engine(2)
+    again, fresh = (step_until_it_answers(one, prompt[:40], WISH, 0) for one in (second, cold))
+    assert (again.cached_tokens, fresh.cached_tokens) == (32, 0)
+    assert again.drafts == fresh.drafts
+    rows = [one.cache.rows[:, s.slots[1:40]] for one, s in ((second, again), (cold, fresh))]
+    torch.testing.assert_close(
+        *rows
+    )  # the MTP module's row of place 32 comes of a state that was handed over
+    while second.busy or cold.busy:
+        second.step(), cold.step()
+    assert again.answer == fresh.answer
     assert (again.drafted, again.accepted) == (fresh.drafted, fresh.accepted)
 
 

@@ -37,7 +37,11 @@ SMALL = 64 * 2**20  # bytes of a message without cache rows, at most
 
 
 class Broken(Failure):
-    """The other end is gone, or what it says is not to be understood: nothing more comes of this channel."""
+    """What the other end says is not to be understood, or it is gone: nothing more comes of this channel."""
+
+
+class HungUp(Broken):
+    """The other end is gone."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Channel:
         self.pending += sum(map(len, pieces))
 
     def flush(self) -> None:
-        """Write as much as the system takes. :class:`Broken` if the other end is gone."""
+        """Write as much as the system takes. :class:`HungUp` if the other end is gone."""
         try:
             while self._out:
                 pieces = self._out[0]
@@ -107,7 +111,7 @@ class Channel:
         except BlockingIOError:
             return
         except OSError as error:
-            raise Broken(f"{self.name} does not take what it is sent: {error.strerror}") from None
+            raise HungUp(f"{self.name} does not take what it is sent: {error.strerror}") from None
 
     def receive(self) -> list[Frame]:
         """The frames that are complete by now.
@@ -123,13 +127,13 @@ class Channel:
                 count = self.socket.recv_into(self._buffer[self._at :])
                 if not count:
                     middle = " in the middle of a message" if self._at or self._header else ""
-                    raise Broken(f"{self.name} closed the connection{middle}")
+                    raise HungUp(f"{self.name} closed the connection{middle}")
                 self._moved = time.monotonic()
                 self._at += count
         except BlockingIOError:
             return found
         except OSError as error:
-            trouble = Broken(f"{self.name} cannot be heard: {error.strerror}")
+            trouble: Broken = HungUp(f"{self.name} cannot be heard: {error.strerror}")
         except Broken as error:
             trouble = error
         if not found:

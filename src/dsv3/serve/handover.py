@@ -105,7 +105,7 @@ def give(engine: Engine, handover: Handover, request_id: str) -> Sequence | None
     running = len(engine.scheduler.running)
     if running >= engine.scheduler.max_sequences or -(-places // BLOCK_SIZE) > blocks.idle - running:
         return None
-    engine.add_request(prompt, _params(state["params"]), request_id)
+    engine.add_request(prompt, replace(params_of(state["params"]), n=1), request_id)
     (sequence,) = engine.requests[request_id]
     sequence.seed, sequence.max_length = state["seed"], state["max_length"]
     sequence.extend(tokens[len(prompt) :], _logprobs(state["logprobs"]))
@@ -128,9 +128,10 @@ def give(engine: Engine, handover: Handover, request_id: str) -> Sequence | None
     return sequence
 
 
-def _params(state: dict[str, Any]) -> SamplingParams:
+def params_of(state: dict[str, Any]) -> SamplingParams:
+    """Parameters that went through JSON."""
     biases = {int(token): bias for token, bias in state["logit_bias"].items()}  # JSON's keys are texts
-    return replace(SamplingParams(**{**state, "logit_bias": biases}), n=1)
+    return SamplingParams(**{**state, "logit_bias": biases})
 
 
 def _logprobs(state: Many[Any]) -> list[TokenLogprob]:
