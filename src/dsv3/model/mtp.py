@@ -36,6 +36,10 @@ class MTPModule(DecoderLayer):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = SharedHead(config)
 
+    def join(self, embedded: Tensor, state: Tensor) -> Tensor:
+        """What the layer works on, of the embeddings of t_{i+k} and the states h^{k-1}_i: ``[..., D]``."""
+        return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(state)), dim=-1))
+
     def predict(
         self, embedded_BTD: Tensor, state_BTD: Tensor, context: Context
     ) -> tuple[Tensor, RouterStats | None]:
@@ -43,6 +47,5 @@ class MTPModule(DecoderLayer):
 
         The result goes to the shared head (it predicts t_{i+k+1}) and to the next depth.
         """
-        joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(state_BTD)), dim=-1)
-        out, stats = self(self.eh_proj(joined), context)
+        out, stats = self(self.join(embedded_BTD, state_BTD), context)
         return self.shared_head.norm(out), stats

@@ -32,13 +32,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from dsv3.model import DeepSeekV3
-from dsv3.serve.attention import Span, arrange
+from dsv3.serve.attention import Span
 from dsv3.serve.cache import LatentCache
+from dsv3.serve.layers import Layers
 from dsv3.serve.runner import States, first_rows
 from dsv3.serve.sampler import ACCEPT, DRAFT, SAMPLE, Row, adjust, choose, draw, probabilities, uniform
 from dsv3.serve.scheduler import Chunk
@@ -103,6 +105,7 @@ class Drafter:
     def __init__(self, model: DeepSeekV3, cache: LatentCache, count: int, block_size: int, vocab_size: int):
         self.model, self.cache, self.count = model, cache, count
         self.module = model.mtp_modules[0]
+        self.layers = Layers(model, [self.module], model.config.num_hidden_layers, cache)
         self.block_size, self.vocab_size = block_size, vocab_size
         embedding = model.model.embed_tokens
         blocks = cache.rows.shape[1] // block_size
@@ -132,20 +135,19 @@ class Drafter:
             gaps.append(gap)
             rows.append(range(begin - gap, begin + sequence.computed - chunk.start))
         spans = [Span(c.sequence.slots, a + 1, c.sequence.computed + 1, 1) for c, a in zip(chunks, starts)]
-        order, pages = arrange(self.model, self.cache, spans)
-        begins = first_rows(order, [len(span) for span in rows])
-        flat = list(chain.from_iterable(rows[number] for number in order))
-        hidden_ND = states.hidden_ND[flat]
-        holes = [number for number in order if gaps[number]]
+        begins = first_rows([len(span) for span in rows])
+        hidden_ND = states.hidden_ND[list(chain.from_iterable(rows))]
+        holes = [number for number, gap in enumerate(gaps) if gap]
         if holes:
             last = [chunks[n].sequence.blocks[starts[n] // self.block_size] for n in holes]
             hidden_ND[[begins[n] for n in holes]] = self.ends[last]
         ids = list(
             chain.from_iterable(
-                chunks[n].sequence.tokens[starts[n] + 1 : chunks[n].sequence.computed + 1] for n in order
+                chunk.sequence.tokens[start + 1 : chunk.sequence.computed + 1]
+                for chunk, start in zip(chunks, starts)
             )
         )
-        state_ND = self._predict(ids, hidden_ND, pages)
+        state_ND = self._predict(ids, hidden_ND, spans)
         wanted, last_rows = [], []
         for number, chunk in enumerate(chunks):
             sequence = chunk.sequence
@@ -178,14 +180,13 @@ class Drafter:
             sequences, state_ND = [sequences[number] for number in going], state_ND[going]
             ends = [s.computed + len(s.drafts) for s in sequences]
             spans = [Span(s.slots, end, end + 1, 1) for s, end in zip(sequences, ends)]
-            order, pages = arrange(self.model, self.cache, spans)
-            sequences = [sequences[number] for number in order]
-            state_ND = self._predict([s.drafts[-1] for s in sequences], state_ND[order], pages)
+            state_ND = self._predict([s.drafts[-1] for s in sequences], state_ND, spans)
         for sequence, weights in kept.items():
             if weights and not sequence.params.greedy:
                 sequence.draft_probs = torch.stack(weights)
 
-    def _predict(self, ids: list[int], hidden_ND: Tensor, pages: object) -> Tensor:
-        embedded = self.model.model.embed_tokens(torch.tensor([ids], device=hidden_ND.device))
-        state, _ = self.module.predict(embedded, hidden_ND[None], pages)  # type: ignore[arg-type]
-        return state[0]
+    def _predict(self, ids: list[int], hidden_ND: Tensor, spans: Many[Span]) -> Tensor:
+        """:meth:`dsv3.model.mtp.MTPModule.predict` over the cache."""
+        embedded_ND = self.model.model.embed_tokens(torch.tensor(ids, device=hidden_ND.device))
+        x_ND = self.layers.run(spans, self.module.join(embedded_ND, hidden_ND))
+        return cast(Tensor, self.module.shared_head.norm(x_ND))
