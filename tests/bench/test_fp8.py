@@ -22,20 +22,29 @@ def write_run(folder: Path, losses: list[float], bits: float) -> None:
 
 def test_gaps_are_percent_of_the_reference(tmp_path: Path) -> None:
     falling = [8.0 - step / 100 for step in range(400)]
-    write_run(tmp_path / "fp32", falling, 2.0)
-    write_run(tmp_path / "fp8", [1.002 * loss for loss in falling], 2.01)
     worse = [loss * (1.01 if 200 <= step < 300 else 1.0) for step, loss in enumerate(falling)]
-    write_run(tmp_path / "14-bit", worse, 2.0)
-    result = fp8_ablation.compare(tmp_path, ["fp32", "fp8", "14-bit"])
+    made = {
+        ("fp32", 0): (falling, 2.0),
+        ("fp8", 0): ([1.002 * loss for loss in falling], 2.01),
+        ("14-bit", 0): (worse, 2.0),
+        ("fp32", 1): ([1.1 * loss for loss in falling], 2.2),  # each is compared with its own seed's
+        ("fp8", 1): ([1.1 * 1.004 * loss for loss in falling], 2.2),
+    }
+    runs = []
+    for (name, seed), (losses, bits) in made.items():
+        runs.append(fp8_ablation.Run(name, seed, tmp_path / f"seed-{seed}" / name))
+        write_run(runs[-1].folder, losses, bits)
+    result = fp8_ablation.compare(runs)
     fp8, spike = result["variations"]["fp8"], result["variations"]["14-bit"]
-    assert fp8["final_gap_percent"] == pytest.approx(0.2)
-    assert fp8["greatest_gap_percent"] == pytest.approx(0.2)
-    assert fp8["held_out_gap_percent"] == pytest.approx(0.5)
-    assert spike["final_gap_percent"] == pytest.approx(0.0, abs=0.02)
-    assert spike["greatest_gap_percent"] == pytest.approx(1.0, abs=0.02)
+    assert fp8["seeds"] == [0, 1] and spike["seeds"] == [0]
+    assert fp8["final_gap_percent"] == pytest.approx([0.2, 0.4])
+    assert fp8["greatest_gap_percent"] == pytest.approx([0.2, 0.4])
+    assert fp8["held_out_gap_percent"] == pytest.approx([0.5, 0.0])
+    assert spike["final_gap_percent"] == pytest.approx([0.0], abs=0.02)
+    assert spike["greatest_gap_percent"] == pytest.approx([1.0], abs=0.02)
     text = fp8_ablation.report(result)
-    assert "+0.200 %" in text and "within 0.25 %" in text
-    fp8_ablation.draw(tmp_path, ["fp32", "fp8", "14-bit"], tmp_path / "gap.png")
+    assert "+0.30 +-0.10 %" in text and "within 0.25 %" in text
+    fp8_ablation.draw(runs, tmp_path / "gap.png")
     assert (tmp_path / "gap.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -47,7 +56,8 @@ def test_smoothing_uses_whole_windows() -> None:
 
 def test_variations_differ_from_the_full_recipe_in_what_they_say(tmp_path: Path) -> None:
     commands = {
-        name: fp8_ablation.command(name, tmp_path, 10, 0, "data")[5:-2] for name in fp8_ablation.VARIATIONS
+        name: fp8_ablation.command(fp8_ablation.Run(name, 0, tmp_path / name), 10, "data")[5:-2]
+        for name in fp8_ablation.VARIATIONS
     }
     plain = [word for word in commands["fp32"] if not word.endswith("fp32")]
     assert "fp8" not in plain
@@ -57,10 +67,10 @@ def test_variations_differ_from_the_full_recipe_in_what_they_say(tmp_path: Path)
 
 def test_bad_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data"):
-        fp8_ablation.ablation(tmp_path / "out", 20, 0, str(tmp_path / "nowhere"), 1, [])
+        fp8_ablation.ablation(tmp_path / "out", 20, [0], str(tmp_path / "nowhere"), 1, [])
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="--only"):
-        fp8_ablation.ablation(tmp_path / "out", 20, 0, str(tmp_path), 1, ["bf8"])
+        fp8_ablation.ablation(tmp_path / "out", 20, [0], str(tmp_path), 1, ["bf8"])
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,8 @@
 
 The same model from the same seed sees the same data in the same order, once in FP32 and once for every
 variation, each some ``fp8.*`` keys away from the others. Every run is an ordinary ``dsv3 pretrain`` in a
-folder of its own, so that the whole goes on where it was stopped.
+folder of its own, so that the whole goes on where it was stopped. Two runs that differ by rounding alone
+drift apart; several seeds tell such drift from an effect.
 """
 
 from __future__ import annotations
@@ -57,25 +58,26 @@ VARIATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@dataclass
-class Running:
-    """A variation's process."""
+@dataclass(frozen=True)
+class Run:
+    """A variation from a seed, in a folder of its own."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    seed: int
+    folder: Path
 
 
-def command(name: str, out: Path, steps: int, seed: int, data: str) -> list[str]:
+def command(run: Run, steps: int, data: str) -> list[str]:
     """The ``dsv3 pretrain`` of a variation; without MTP, whose second head would be half of the time."""
     settings = {
-        "out": out / name, "seed": seed, "data.path": data, "sequence_length": LENGTH,
+        "out": run.folder, "seed": run.seed, "data.path": data, "sequence_length": LENGTH,
         "total_tokens": steps * SEQUENCES * LENGTH, "batch.sequences": SEQUENCES,
         "batch.micro_sequences": SEQUENCES, "model.num_nextn_predict_layers": 0, "device": "cpu",
         "schedule.batch": "[{until: 1, to: 1}]", "checkpoint.every": 250, "checkpoint.keep": 1,
         "validation.every": 250, "samples.every": 10**9,
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    words += [*VARIATIONS[name][1], "--resume", "auto"]
+    words += [*VARIATIONS[run.name][1], "--resume", "auto"]
     return [sys.executable, "-m", "dsv3", "pretrain", str(RECIPE), *words]
 
 
@@ -90,8 +92,10 @@ def _count(folder: Path) -> int:
     return path.read_bytes().count(b'"loss":') if path.exists() else 0
 
 
-def ablation(out: Path, steps: int, seed: int, data: str, workers: int, only: list[str]) -> dict[str, Any]:
-    """Train every variation (or those of ``only`` and the reference), then compare."""
+def ablation(
+    out: Path, steps: int, seeds: list[int], data: str, workers: int, only: list[str]
+) -> dict[str, Any]:
+    """Train every variation (or those of ``only`` and the reference) from every seed, then compare."""
     if not RECIPE.is_file():
         raise UserError(f"{RECIPE} is not here: run this in the repository's folder")
     if not (Path(data) / "manifest.json").is_file():
@@ -102,40 +106,43 @@ def ablation(out: Path, steps: int, seed: int, data: str, workers: int, only: li
     if unknown:
         raise UserError(f"--only ({unknown[0]}) is no variation; there are {', '.join(VARIATIONS)}")
     names = [name for name in VARIATIONS if not only or name in only or name == REFERENCE]
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
-    out.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(names), list[Running]()
+    runs = [Run(name, seed, out / f"seed-{seed}" / name) for seed in dict.fromkeys(seeds) for name in names]
+    train(runs, steps, data, workers)
+    result = compare(runs)
+    write_json(out / "result.json", result)
+    draw(runs, out / "loss_gap.png")
+    return result
+
+
+def train(runs: list[Run], steps: int, data: str, workers: int) -> None:
+    """Bring every run to its end, ``workers`` at a time."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    waiting, running = list(runs), dict[Run, subprocess.Popen[bytes]]()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs below are ended in any case
-    done = sum(_count(out / name) for name in names)
-    with Progress("ablation", steps * len(names), "steps", done=done) as progress:
+    done = sum(_count(run.folder) for run in runs)
+    with Progress("ablation", steps * len(runs), "steps", done=done) as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
-                    name = waiting.pop(0)
-                    with open(out / f"{name}.log", "ab") as log:
-                        process = subprocess.Popen(
-                            command(name, out, steps, seed, data), stdout=log, stderr=log,
-                            env={**os.environ, "OMP_NUM_THREADS": threads},
-                        )  # fmt: skip
-                    running.append(Running(name, process))
+                    run = waiting.pop(0)
+                    run.folder.parent.mkdir(parents=True, exist_ok=True)
+                    with open(f"{run.folder}.log", "ab") as log:
+                        running[run] = subprocess.Popen(
+                            command(run, steps, data), stdout=log, stderr=log, env=environment
+                        )
                 time.sleep(2.0)
-                for one in [one for one in running if one.process.poll() is not None]:
-                    running.remove(one)
-                    if one.process.returncode:
-                        raise Failure(f"{one.name} failed; see {out / one.name}.log")
-                now = sum(_count(out / name) for name in names)
-                progress.note(", ".join(one.name for one in running))
+                for run in [run for run, process in running.items() if process.poll() is not None]:
+                    if running.pop(run).returncode:
+                        raise Failure(f"{run.name} failed; see {run.folder}.log")
+                now = sum(_count(run.folder) for run in runs)
+                progress.note(", ".join(f"{run.name} of seed {run.seed}" for run in running))
                 progress.advance(now - done)
                 done = now
         finally:
-            for one in running:
-                one.process.terminate()  # each saves a checkpoint and stops
-            for one in running:
-                one.process.wait()
-    result = compare(out, names)
-    write_json(out / "result.json", result)
-    draw(out, names, out / "loss_gap.png")
-    return result
+            for process in running.values():
+                process.terminate()  # each saves a checkpoint and stops
+            for process in running.values():
+                process.wait()
 
 
 def smooth(values: np.ndarray, width: int = SMOOTH) -> np.ndarray:
@@ -151,24 +158,37 @@ def gap_percent(loss: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return 100 * (smooth(loss[:steps], width) - smoothed) / smoothed
 
 
-def compare(out: Path, names: list[str]) -> dict[str, Any]:
+def _losses(run: Run) -> np.ndarray:
+    return np.array([line["loss"] for line in _steps(run.folder)])
+
+
+def _by_name(runs: list[Run]) -> dict[str, list[tuple[Run, Run]]]:
+    """Of each variation its runs, each with the reference from the same seed."""
+    references = {run.seed: run for run in runs if run.name == REFERENCE}
+    found: dict[str, list[tuple[Run, Run]]] = {}
+    for run in runs:
+        found.setdefault(run.name, []).append((run, references[run.seed]))
+    return found
+
+
+def compare(runs: list[Run]) -> dict[str, Any]:
     """Every variation's gap to the reference: at the end, at its greatest, and on held-out text."""
-    reference = np.array([line["loss"] for line in _steps(out / REFERENCE)])
-    held_out = _held_out(out / REFERENCE)
     rows: dict[str, Any] = {}
-    for name in names:
-        loss = np.array([line["loss"] for line in _steps(out / name)])
-        gap = gap_percent(loss, reference)
-        after = gap[len(gap) // 10 :]  # the first steps only show how fast everything falls
-        bits = _held_out(out / name)
+    for name, pairs in _by_name(runs).items():
+        gaps: dict[str, list[float]] = {"final": [], "greatest": [], "held_out": []}
+        for run, reference in pairs:
+            gap = gap_percent(_losses(run), _losses(reference))
+            after = gap[len(gap) // 10 :]  # the first steps only show how fast everything falls
+            gaps["final"].append(float(gap[-1]))
+            gaps["greatest"].append(float(after[np.abs(after).argmax()]) if len(after) else math.nan)
+            gaps["held_out"].append(100 * (_held_out(run.folder) / _held_out(reference.folder) - 1))
         rows[name] = {
             "what": VARIATIONS[name][0],
-            "steps": len(loss),
-            "final_loss": float(loss[-SMOOTH:].mean()),
-            "final_gap_percent": float(gap[-1]),
-            "greatest_gap_percent": float(after[np.abs(after).argmax()]) if len(after) else math.nan,
-            "held_out_bits_per_byte": bits,
-            "held_out_gap_percent": 100 * (bits / held_out - 1),
+            "seeds": [run.seed for run, _ in pairs],
+            "steps": min(len(_losses(run)) for run, _ in pairs),
+            "final_loss": float(np.mean([_losses(run)[-SMOOTH:].mean() for run, _ in pairs])),
+            "held_out_bits_per_byte": [_held_out(run.folder) for run, _ in pairs],
+            **{f"{which}_gap_percent": values for which, values in gaps.items()},
         }
     return {"goal_percent": GOAL_PERCENT, "variations": rows, "machine": machine("cpu")}
 
@@ -179,30 +199,49 @@ def _held_out(folder: Path) -> float:
     return float(found[-1]) if found else math.nan
 
 
+def _with_error(values: list[float]) -> str:
+    """The mean, and with several values its standard error."""
+    error = f" +-{np.std(values, ddof=1) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{np.mean(values):+.2f}{error} %"
+
+
 def report(result: dict[str, Any]) -> str:
     """The comparison as a table."""
-    lines = [f"{'':<62} steps   loss  gap at end    greatest gap   held-out gap"]
+    lines = [
+        f"{'means over seeds, with their standard errors':<62} seeds steps   loss"
+        f"  {'gap at end':>15}  {'greatest gap':>15}  {'held-out gap':>15}"
+    ]
     for row in result["variations"].values():
-        gaps = (row[f"{which}_gap_percent"] for which in ("final", "greatest", "held_out"))
-        numbers = "  ".join(f"{gap:>+11.3f} %" for gap in gaps)
-        lines.append(f"{row['what']:<62} {row['steps']:>5}  {row['final_loss']:.3f}  {numbers}")
+        gaps = (_with_error(row[f"{which}_gap_percent"]) for which in ("final", "greatest", "held_out"))
+        numbers = "  ".join(f"{gap:>15}" for gap in gaps)
+        lines.append(
+            f"{row['what']:<62} {len(row['seeds']):>5} {row['steps']:>5}  {row['final_loss']:.3f}  {numbers}"
+        )
     lines.append(f"published for FP8 against BF16: within {result['goal_percent']} %")
     return "\n".join(lines)
 
 
-def draw(out: Path, names: list[str], path: Path) -> None:
-    """Gaps of the smoothed losses against steps."""
+def draw(runs: list[Run], path: Path) -> None:
+    """Gaps of the smoothed losses against steps: means over seeds, and thin lines for each of several."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.6), layout="constrained", dpi=130)
     axis = figure.subplots()
-    reference = np.array([line["loss"] for line in _steps(out / REFERENCE)])
     axis.axhspan(-GOAL_PERCENT, GOAL_PERCENT, color="0.93", label=f"within {GOAL_PERCENT} %")
-    for number, name in enumerate(name for name in names if name != REFERENCE):
-        gap = gap_percent(np.array([line["loss"] for line in _steps(out / name)]), reference)
-        steps = np.arange(len(gap)) + len(reference) - len(gap)
-        color, width = ("black", 2.2) if name == "fp8" else (f"C{number}", 1.2)
-        axis.plot(steps, gap, label=VARIATIONS[name][0], color=color, linewidth=width)
+    for number, (name, pairs) in enumerate(_by_name(runs).items()):
+        if name == REFERENCE:
+            continue
+        color, width = ("black", 2.2) if name == "fp8" else (f"C{number - 1}", 1.2)
+        gaps = [gap_percent(_losses(run), _losses(reference)) for run, reference in pairs]
+        shortest = min(map(len, gaps))
+        last = min(len(_losses(run)) for run, _ in pairs)
+        steps = np.arange(shortest) + last - shortest
+        mean = np.mean([gap[:shortest] for gap in gaps], axis=0)
+        label = VARIATIONS[name][0] + (f" ({len(gaps)} seeds)" if len(gaps) > 1 else "")
+        axis.plot(steps, mean, label=label, color=color, linewidth=width)
+        if len(gaps) > 1:
+            for gap in gaps:
+                axis.plot(steps, gap[:shortest], color=color, linewidth=0.5, alpha=0.4)
     axis.set_xlabel("step")
     axis.set_ylabel(f"loss above FP32's, % (means of {SMOOTH} steps)")
     axis.grid(True, color="0.9", linewidth=0.6)

@@ -51,7 +51,9 @@ def fp8(
     memory: bool = typer.Option(False, "--memory", help="activation bytes a token a layer, by precision"),
     out: str = typer.Option("runs/fp8-ablation", "--out", help="folder of the ablation's runs"),
     steps: int = typer.Option(1000, "--steps", min=20, help="steps of each of the ablation's runs"),
-    seed: int = typer.Option(0, "--seed", min=0, help="of the ablation's weights and order of data"),
+    seed: list[int] = typer.Option(
+        [0], "--seed", min=0, help="of the ablation's weights and order of data; may be repeated"
+    ),
     data: str = typer.Option("data/tiny", "--data", help="prepared data of the ablation"),
     workers: int = typer.Option(2, "--workers", min=1, help="the ablation's runs at once"),
     only: list[str] = typer.Option([], "--only", help="a variation of the ablation; may be repeated"),
@@ -94,6 +96,60 @@ def convert(
         raise UserError(f"--path ({path}) is not a folder; name one on the disk to be measured")
     result = bench(Path(path), gigabytes, rounds, workers)
     typer.echo(json.dumps(result, indent=2) if as_json else report(result))
+
+
+@app.command()
+def decode(
+    vs: str = typer.Option("transformers,llama.cpp", "--vs", help="peers; transformers:eager is one too"),
+    model: Path = typer.Option(
+        None, "--model", help="BF16 folder; default: runs/bench-decode/v3-1b, random weights, made if absent"
+    ),
+    tokenizer: Path = typer.Option(
+        None, "--tokenizer", help="folder whose tokenizer the made model gets (llama.cpp wants one it knows)"
+    ),
+    prompt_tokens: int = typer.Option(128, "--prompt-tokens", min=1, help="tokens of a prompt"),
+    tokens: int = typer.Option(64, "--tokens", min=2, help="tokens of an answer"),
+    batch: str = typer.Option("1,4,16", "--batch", help="answers at once"),
+    formats: str = typer.Option(
+        "bf16,int8,int4", "--formats", help="of our weights; peers run the same, or as near as they have"
+    ),
+    rounds: int = typer.Option(3, "--rounds", min=1, help="of each, in turns"),
+    threads: int = typer.Option(0, "--threads", min=0, help="CPU threads of each; 0: torch's choice"),
+    llama_cpp: Path = typer.Option(
+        None, "--llama-cpp", envvar="DSV3_LLAMA_CPP", help="llama.cpp's folder, built; its files are made"
+    ),
+    mtp: Path = typer.Option(
+        None, "--mtp", help="instead: a trained model, its MTP drafts on beside off, one answer at a time"
+    ),
+    data: Path = typer.Option("data/tiny", "--data", help="prepared data whose held-out text --mtp reads"),
+    prompts: int = typer.Option(8, "--prompts", min=1, help="prompts of each source for --mtp"),
+    draft_tokens: int = typer.Option(1, "--draft-tokens", min=1, max=8, help="drafts a step for --mtp"),
+    as_json: bool = typer.Option(False, "--json", help="print JSON"),
+) -> None:
+    """Reading prompts and decoding, tokens a second: BF16, INT8, INT4, greedy, the same threads for all."""
+    import torch
+
+    from dsv3.bench import decode as decoding
+    from dsv3.common.errors import UserError
+
+    threads = threads or torch.get_num_threads()
+    if mtp is not None:
+        from dsv3.bench import drafts
+
+        found = drafts.held_out(data, mtp, prompts, prompt_tokens)
+        result = drafts.bench(mtp, found, tokens, draft_tokens, rounds, threads)
+        typer.echo(json.dumps(result, indent=2) if as_json else drafts.report(result))
+        return
+    peers = decoding.choices(vs, "--vs", decoding.PEERS)
+    kinds = decoding.choices(formats, "--formats", decoding.FORMATS)
+    if not kinds:
+        raise UserError(f"--formats ({formats}) names none; there are {', '.join(decoding.FORMATS)}")
+    batches = decoding.sizes(batch)
+    if model is None:
+        model = decoding.default_model(tokenizer)
+    plan = decoding.Plan(model, prompt_tokens, tokens, batches, threads)
+    result = decoding.bench(plan, kinds, peers, rounds, llama_cpp)
+    typer.echo(json.dumps(result, indent=2) if as_json else decoding.report(result))
 
 
 @app.command()
