@@ -110,7 +110,7 @@ class Server:
 def finish(update: Update) -> FinishReason | None:
     """Why an answer ended, in the API's words."""
     if update.finish_reason in ("error", "abort"):
-        raise ApiError(500, "the model gave numbers that are not finite; this answer was given up")
+        raise ApiError(500, "the model's numbers or the grammar failed; this answer was given up")
     assert update.finish_reason in (None, "stop", "length", CUT)
     return cast("FinishReason | None", update.finish_reason)
 

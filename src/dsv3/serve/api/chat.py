@@ -123,9 +123,9 @@ class Choice:
 
     def take(self, update: Update) -> tuple[dict[str, Any], list[ChatLogprob]]:
         """What an update adds to the message, as a delta, and its tokens' log-probabilities."""
-        thinking = self._thinking.thinks
+        before = self._thinking.state
         thought, said = self._thinking.feed(update.text)
-        self._count(update.token_ids, thinking)
+        self._count(update.token_ids, before, self._thinking.state)
         self.finish_reason = finish(update)
         if self.finish_reason is not None:
             more, rest = self._thinking.close()
@@ -149,11 +149,11 @@ class Choice:
         ]
         return _delta(thought, parts), logprobs
 
-    def _count(self, token_ids: list[int], thinking: bool) -> None:
+    def _count(self, token_ids: list[int], before: str, after: str) -> None:
         """Tokens up to the one that ends the reasoning, itself included."""
-        if not (thinking or self._thinking.thinks):
+        if "thinking" not in (before, after) and not (before == "start" and self._end_think in token_ids):
             return
-        ended = self._end_think in token_ids and not self._thinking.thinks
+        ended = after != "thinking" and self._end_think in token_ids
         self.reasoning_tokens += token_ids.index(self._end_think) + 1 if ended else len(token_ids)
 
 
@@ -188,10 +188,16 @@ async def create(server: Server, body: ChatRequest, request: Request) -> Respons
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         **_constraint(server, body),
     )
+
+    def prepare() -> tuple[list[int], bool]:  # a long text, a new schema: not on the event loop
+        ids, thinks = prompt(server.tokenizer, body)
+        server.engine.check(ids, params)
+        return ids, thinks
+
     job = server.worker.open(f"chatcmpl-{uuid.uuid4().hex}", body.n or 1)
     tally = Tally()
     try:
-        ids, thinks = await asyncio.to_thread(prompt, server.tokenizer, body)
+        ids, thinks = await asyncio.to_thread(prepare)
         await job.start([ids], params, server.settings.request_seconds)
         choices = [Choice(server, tools, thinks) for _ in range(body.n or 1)]
         if body.stream:

@@ -47,11 +47,14 @@ def count(body: CompletionRequest) -> int:
 class Choice:
     """One answer in the making: updates go in, pieces of text and their log-probabilities come out.
 
-    ``echo``: the prompt's token ids, which the text then begins with.
+    ``echo``: the prompt's token ids, which the text then begins with; ``of_prompt``: their log-probabilities,
+    a list shared by the answers to a prompt, for they come with the first.
     """
 
-    def __init__(self, server: Server, wanted: bool, echo: list[int] | None):
-        self._server, self._wanted, self._echo = server, wanted, echo
+    def __init__(
+        self, server: Server, wanted: bool, echo: list[int] | None, of_prompt: list[TokenLogprob | None]
+    ):
+        self._server, self._wanted, self._echo, self._of_prompt = server, wanted, echo, of_prompt
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
         self.finish_reason: FinishReason | None = None
@@ -64,7 +67,8 @@ class Choice:
         ids = [known.token_id for known in found if known is not None]
         if self._echo is not None:
             text = self._server.tokenizer.decode(self._echo) + text
-            found = [*(update.prompt_logprobs or [None] * len(self._echo)), *found]
+            self._of_prompt += update.prompt_logprobs
+            found = [*self._of_prompt, *found]
             ids = self._echo + ids
             self._echo = None
         return text, self._told(ids, found) if self._wanted else None
@@ -102,15 +106,24 @@ async def create(server: Server, body: CompletionRequest, request: Request) -> R
     if body.echo and body.logprobs is not None:
         own["prompt_logprobs"] = body.logprobs
     params = server.params(body, limit, **own)
+
+    def prepare() -> list[list[int]]:
+        found = prompts(server.tokenizer, body)
+        for prompt in found:
+            server.engine.check(prompt, params)
+        return found
+
     job = server.worker.open(f"cmpl-{uuid.uuid4().hex}", count(body))
     tally = Tally()
     try:
-        ids = await asyncio.to_thread(prompts, server.tokenizer, body)
+        ids = await asyncio.to_thread(prepare)
         await job.start(ids, params, server.settings.request_seconds)
         wanted = body.logprobs is not None
-        choices = [
-            Choice(server, wanted, prompt if body.echo else None) for prompt in ids for _ in range(params.n)
-        ]
+        choices = []
+        for prompt in ids:
+            of_prompt: list[TokenLogprob | None] = []
+            echo = prompt if body.echo else None
+            choices += [Choice(server, wanted, echo, of_prompt) for _ in range(params.n)]
         if body.stream:
             return Events(request, job, tally, _chunks(server, body, job, tally, choices))
         answer = await unless_gone(request, _whole(server, body, job, tally, choices))

@@ -47,14 +47,11 @@ class Thinking:
 
     def __init__(self, begun: bool = False):
         self._markers = Markers((THINK, END_THINK))
-        self._state = "thinking" if begun else "start"
+        self.state = (
+            "thinking" if begun else "start"
+        )  # then after, where only line breaks have been, and said
         self._begun = False  # whether anything but line breaks has been thought
         self._blank = ""  # line breaks or white space that may turn out to be left out
-
-    @property
-    def thinks(self) -> bool:
-        """Whether thinking is going on."""
-        return self._state == "thinking"
 
     def feed(self, text: str) -> tuple[str, str]:
         """More of the answer: what is thought and what is said of it."""
@@ -63,29 +60,29 @@ class Thinking:
     def close(self) -> tuple[str, str]:
         """What still waited."""
         thought, said = self._take(self._markers.close())
-        return thought, said + (self._blank if self._state == "start" else "")
+        return thought, said + (self._blank if self.state == "start" else "")
 
     def _take(self, pieces: list[str]) -> tuple[str, str]:
         thought = said = ""
         for piece in pieces:
-            if self._state == "start" and piece == THINK:
-                self._state, self._blank = "thinking", ""
-            elif self._state == "start":
+            if self.state == "start" and piece == THINK:
+                self.state, self._blank = "thinking", ""
+            elif self.state == "start":
                 self._blank += piece
                 if self._blank.strip():
-                    self._state = "said"
+                    self.state = "said"
                     said += self._blank
-            elif self._state == "thinking" and piece == END_THINK:
-                self._state = "after"
-            elif self._state == "thinking":
+            elif self.state == "thinking" and piece == END_THINK:
+                self.state = "after"
+            elif self.state == "thinking":
                 text = self._blank + piece if self._begun else piece.lstrip("\n")
                 self._begun |= bool(text)
                 kept = text.rstrip("\n")
                 self._blank = text[len(kept) :]
                 thought += kept
-            elif self._state == "after":
+            elif self.state == "after":
                 said += piece.lstrip("\n")
-                self._state = "said" if said else "after"
+                self.state = "said" if said else "after"
             else:
                 said += piece
         return thought, said
