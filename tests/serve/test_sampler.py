@@ -165,7 +165,7 @@ def test_logprobs_are_the_models_own() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, r"top_p \(0\) must be above 0"),
         ({"top_p": 1.5}, r"top_p \(1.5\) must be from 0 to 1"),
-        ({"max_tokens": 0}, r"max_tokens \(0\) must be at least 1"),
+        ({"max_tokens": -1}, r"max_tokens \(-1\) must be at least 0"),
         ({"max_tokens": 1.5}, r"max_tokens \(1.5\) must be a whole number"),
         ({"max_tokens": True}, r"max_tokens \(True\) must be a whole number"),
         ({"logprobs": 21}, r"logprobs \(21\) must be from 0 to 20"),

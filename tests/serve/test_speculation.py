@@ -20,6 +20,7 @@ from dsv3.serve.sequence import Sequence
 from dsv3.serve.speculation import rows_to_choose, verify
 from dsv3.serve.text import Detokeniser
 from tests.model.build import tiny_model
+from tests.serve.conftest import surprise
 
 V = 5
 
@@ -32,19 +33,6 @@ def small() -> DeepSeekV3:
 @cache
 def plain(model: DeepSeekV3, prompt: tuple[int, ...], length: int) -> list[int]:
     return generate(model, list(prompt), length)
-
-
-def surprise(counts: Counter[tuple[int, ...]], wanted: dict[tuple[int, ...], float]) -> float:
-    """Chi-squared in standard deviations above its mean; rare outcomes are counted together."""
-    total = sum(counts.values())
-    cells = [(counts[key], share * total) for key, share in wanted.items() if share * total >= 5]
-    seen, expected = (sum(column) for column in zip(*cells))
-    if total - expected > 1:
-        cells.append((total - seen, total - expected))
-    else:
-        assert seen == total, "something impossible was drawn"
-    chi = sum((found - hoped) ** 2 / hoped for found, hoped in cells)
-    return (chi - (len(cells) - 1)) / math.sqrt(2 * (len(cells) - 1))
 
 
 @torch.no_grad()

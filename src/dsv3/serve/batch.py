@@ -109,7 +109,8 @@ def generate_file(llm: LLM, source: Path, target: Path, params: SamplingParams, 
     """Answer every line of ``source`` into ``target``; returns how many.
 
     A line of ``target``: ``line`` (its number in ``source``), ``prompt``, ``text``, ``finish_reason``,
-    ``usage``, and if asked for ``logprobs`` and, with ``n`` above 1, ``texts`` and ``finish_reasons``.
+    ``usage``, and if asked for ``logprobs``, ``prompt_logprobs`` and, with ``n`` above 1, ``texts`` and
+    ``finish_reasons``.
     ``model`` names the model, so that another one does not go on with this one's answers.
 
     Raises :class:`UserError` before any work for a bad line, a target that exists or an unfinished one of
@@ -176,6 +177,8 @@ def _line(request: Request, sequences: list[Sequence]) -> dict[str, Any]:
     }
     if first.params.logprobs is not None:
         found["logprobs"] = [asdict(token) for token in first.logprobs]
+    if first.prompt_logprobs is not None:
+        found["prompt_logprobs"] = [score and asdict(score) for score in first.prompt_logprobs]
     if len(sequences) > 1:
         found["texts"] = [sequence.text.text for sequence in sequences]
         found["finish_reasons"] = [sequence.finish_reason for sequence in sequences]

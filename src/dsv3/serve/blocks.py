@@ -66,11 +66,11 @@ class BlockManager:
     def admit(self, sequence: Sequence, places: int, spare: int = 0) -> bool:
         """Give a sequence without blocks those of its beginning that are known, and room for ``places`` rows.
 
-        False, and nothing changed, unless ``spare`` blocks would be left. At least the last token is left to
-        be computed: its logits are wanted.
+        False, and nothing changed, unless ``spare`` blocks would be left. The tokens past its ``reusable``
+        ones, the last at least, are left to be computed: their logits are wanted.
         """
         found: list[tuple[bytes, int]] = []
-        for start in range(0, (len(sequence.tokens) - 1) // self.size * self.size, self.size):
+        for start in range(0, sequence.reusable // self.size * self.size, self.size):
             parent = found[-1][0] if found else b""
             match = self._find(parent, tuple(sequence.tokens[start : start + self.size]))
             if match is None:

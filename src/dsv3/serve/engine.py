@@ -2,11 +2,13 @@
 
 A step: the scheduler picks what to compute, the runner computes it, tokens are chosen and drafts verified,
 finished sequences give their blocks back. Nothing runs between steps, so requests may be added and aborted
-there; a server calls :meth:`Engine.step` in a loop.
+there; a server calls :meth:`Engine.step` in a loop. Only :meth:`Engine.check` may be called at any time, from
+any thread: a server asks it first, so that a new grammar is compiled while the engine goes on.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from dsv3.model import DeepSeekV3
 from dsv3.serve.attention import install
 from dsv3.serve.blocks import BlockManager
 from dsv3.serve.cache import FORMATS, LatentCache, row_bytes
+from dsv3.serve.grammar import Grammars
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.runner import Runner, States
 from dsv3.serve.sampler import logprobs
@@ -30,6 +33,7 @@ from dsv3.serve.speculation import Drafter, verify
 from dsv3.serve.text import Detokeniser
 
 BLOCK_SIZE = 16  # tokens a cache block
+SCORED = 64  # prompt tokens whose logits are held at once
 MEMORY_SHARE = 0.25  # of the free memory, for the cache, unless told how many tokens
 
 
@@ -87,7 +91,8 @@ class Update:
     """What a step added to one answer of a request. ``usage`` comes with the request's last update.
 
     ``finish_reason``: None while there is more to come; stop, length, or error where the model's logits were
-    not finite.
+    not finite or the grammar ran into a limit. ``prompt_logprobs``: with the first update of answer 0, if
+    they were asked for: one a token of the prompt, None for the first.
     """
 
     request_id: str
@@ -97,6 +102,7 @@ class Update:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     usage: Usage | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
 
 @dataclass
@@ -163,6 +169,7 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, options.max_batch, options.max_batch_tokens, drafts)
         self.runner = Runner(model, self.cache)
         self.drafter = Drafter(model, self.cache, drafts, BLOCK_SIZE, self.vocab_size) if drafts else None
+        self.grammars = Grammars(tokenizer, self.vocab_size) if tokenizer else None
         self.stats = Stats(drafted_at=[0] * drafts, accepted_at=[0] * drafts)
         self.requests: dict[str, list[Sequence]] = {}
         self._unfinished: dict[str, int] = {}  # answers of a request
@@ -187,7 +194,9 @@ class Engine:
             raise UserError(f"request_id ({request_id!r}) is in use; choose another")
         self.check(prompt, params)
         self._added += 1
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        stop_ids = frozenset(params.stop_token_ids)
+        if params.constraint is not None or not params.ignore_eos:
+            stop_ids |= self.eos_ids
         seed = secrets.randbits(62) if params.seed is None else params.seed
         sequences: list[Sequence] = []
         for index in range(params.n):
@@ -199,6 +208,8 @@ class Engine:
                     stop_ids=stop_ids,
                     text=self._detokeniser(params),
                     leader=sequences[0] if sequences else None,
+                    matcher=self.grammars.start(params) if self.grammars and params.constraint else None,
+                    prompt_logprobs=[None] if params.prompt_logprobs is not None and not index else None,
                 )
             )  # fmt: skip
             self.scheduler.add(sequences[-1])
@@ -208,21 +219,29 @@ class Engine:
         return request_id
 
     def check(self, prompt: Many[int], params: SamplingParams) -> None:
-        """Refuse what cannot be served, before anything is queued."""
+        """Refuse what cannot be served, before anything is queued; from any thread.
+
+        Takes microseconds, but for a schema or grammar not seen lately: that is compiled.
+        """
         if not prompt:
             raise UserError("the prompt is empty; give at least one token (begin of sentence, for example)")
-        if len(prompt) >= self.max_length:
+        if len(prompt) + min(params.max_tokens, 1) > self.max_length:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}, answer included:"
                 " shorten it, or raise max_length and cache_tokens"
             )
-        wrong = next((token for token in prompt if not 0 <= token < self.model.config.vocab_size), None)
+        known = self.model.config.vocab_size
+        if params.prompt_logprobs is not None:
+            known = self.vocab_size  # others have no probability
+        wrong = next((token for token in prompt if not 0 <= token < known), None)
         if wrong is not None:
-            raise UserError(
-                f"the prompt holds token {wrong}; the model knows 0 to {self.model.config.vocab_size - 1}"
-            )
+            raise UserError(f"the prompt holds token {wrong}; the model knows 0 to {known - 1}")
         if params.stop and self.tokenizer is None:
             raise UserError(f"stop ({list(params.stop)}) needs a tokenizer; give stop_token_ids without one")
+        if params.constraint is not None:
+            if self.grammars is None:
+                raise UserError(f"{params.constraint_name} needs a tokenizer, and this engine has none")
+            self.grammars.start(params)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -234,7 +253,7 @@ class Engine:
         self._unfinished.pop(request_id, None)
         for sequence in self.requests.pop(request_id, []):
             if not sequence.finished:
-                sequence.finish_reason = "abort"
+                sequence.end("abort")
                 self.scheduler.remove(sequence)
 
     def forget(self) -> None:
@@ -245,6 +264,9 @@ class Engine:
         if self.busy:
             raise UserError(f"{len(self.requests)} requests are unfinished; step or abort them first")
         self.blocks.forget()
+        self.runner.layers.refresh()
+        if self.drafter:
+            self.drafter.layers.refresh()
 
     @torch.inference_mode()
     def step(self) -> list[Update]:
@@ -258,13 +280,17 @@ class Engine:
             self.drafter.keep_ends(chunks, states)
         sampling = [chunk for chunk in chunks if chunk.samples]
         before = [(len(chunk.sequence.tokens), len(chunk.sequence.text.text)) for chunk in sampling]
-        if sampling:
-            self._extend(sampling, self._logits(chunks, states))
+        self._score(chunks, states)
+        choosing = [chunk for chunk in sampling if not _ended(chunk.sequence)]
+        if choosing:
+            self._extend(choosing, self._logits(chunks, states))
         good, begins = [], []
         for chunk, begin in zip(chunks, states.begins):
             sequence = chunk.sequence
-            if sequence.finish_reason != "error":
-                sequence.computed = len(sequence.tokens) - 1 if chunk.samples else chunk.stop
+            if sequence.finish_reason == "error":
+                continue
+            sequence.computed = len(sequence.tokens) - 1 if chunk.samples else chunk.stop
+            if sequence.computed > chunk.start:
                 good.append(chunk)
                 begins.append(begin)
         if self.drafter and good:
@@ -281,11 +307,29 @@ class Engine:
         rows = [
             begin + place - chunk.start
             for chunk, begin in zip(chunks, states.begins)
-            if chunk.samples
+            if chunk.samples and not chunk.sequence.finished
             for place in range(len(chunk.sequence.tokens) - 1, chunk.stop)
         ]
         hidden = states.hidden_ND[rows]
         return self.model.lm_head(hidden)[:, : self.vocab_size].float()
+
+    def _score(self, chunks: list[Chunk], states: States) -> None:
+        """Of prompts whose log-probabilities are wanted: each place tells that of the token after it."""
+        wanted = [
+            (chunk.sequence, place, begin + place - 1 - chunk.start)
+            for chunk, begin in zip(chunks, states.begins)
+            if chunk.sequence.prompt_logprobs is not None
+            for place in range(
+                len(chunk.sequence.prompt_logprobs), min(chunk.stop + 1, chunk.sequence.prompt_length)
+            )
+        ]
+        for first in range(0, len(wanted), SCORED):
+            sequences, places, rows = zip(*wanted[first : first + SCORED])
+            logits_RV = self.model.lm_head(states.hidden_ND[list(rows)])[:, : self.vocab_size].float()
+            tokens = [sequence.tokens[place] for sequence, place in zip(sequences, places)]
+            counts = [sequence.params.prompt_logprobs for sequence in sequences]
+            for sequence, found in zip(sequences, logprobs(logits_RV, tokens, counts)):
+                sequence.prompt_logprobs.append(found)
 
     def _extend(self, chunks: list[Chunk], logits_RV: Tensor) -> None:
         """Choose the next tokens, more than one where drafts stand, and append them.
@@ -327,6 +371,7 @@ class Engine:
             sequence.logprobs[tokens - sequence.prompt_length :],
             sequence.finish_reason,
             usage,
+            sequence.prompt_logprobs or [] if tokens == sequence.prompt_length else [],
         )
 
     def _detokeniser(self, params: SamplingParams) -> Detokeniser:
@@ -347,6 +392,16 @@ def usage_of(sequences: Many[Sequence]) -> Usage:
     )
 
 
+def _ended(sequence: Sequence) -> bool:
+    """End a sequence that wants no token, or whose prompt has scores that are not numbers; whether it did."""
+    scores = sequence.prompt_logprobs if len(sequence.tokens) == sequence.prompt_length else None
+    if any(score is not None and math.isnan(score.logprob) for score in scores or ()):
+        sequence.end("error")
+    elif len(sequence.tokens) >= sequence.max_length:
+        sequence.end("length")
+    return sequence.finished
+
+
 def _fail(sequences: Many[Sequence], finite: list[bool]) -> tuple[list[Sequence], list[int]]:
     """End the sequences with a row that is not finite; the others, and their rows."""
     good: list[Sequence] = []
@@ -358,8 +413,7 @@ def _fail(sequences: Many[Sequence], finite: list[bool]) -> tuple[list[Sequence]
             good.append(sequence)
             rows += range(first, stop)
         else:
-            sequence.finish_reason = "error"
-            sequence.text.close()
+            sequence.end("error")
         first = stop
     return good, rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Output:
-    """A prompt's answers, ``params.n`` of them; the attributes of the first are at hand."""
+    """A prompt's answers, ``params.n`` of them; the attributes of the first are at hand.
+
+    ``prompt_logprobs``: if they were asked for, one a token of the prompt, None for the first.
+    """
 
     prompt_token_ids: list[int]
     completions: list[Completion]
     usage: Usage
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -144,7 +148,12 @@ class LLM:
                     self.engine.abort(request)
                 raise
         return [
-            Output(prompt, [_completion(sequence) for sequence in requests[request]], usages[request])
+            Output(
+                prompt,
+                [_completion(sequence) for sequence in requests[request]],
+                usages[request],
+                requests[request][0].prompt_logprobs or [],
+            )
             for prompt, request in zip(many, requests)
         ]
 

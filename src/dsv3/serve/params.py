@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 from dsv3.common.errors import UserError
 
 TOP_LOGPROBS = 20  # alternatives a position at most, as in OpenAI's API
+GRAMMAR_BYTES = 64 * 1024  # of a schema or a grammar at most
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,13 @@ class SamplingParams:
     tokens differ; greedy they do not); None draws a new one. ``n`` answers a prompt. ``stop``: texts that end
     the answer and are left out of it; ``stop_token_ids``: tokens that end it, beside end of sentence, which
     ``ignore_eos`` takes for an ordinary one. ``logprobs``: None for none, else how many alternatives beside
-    the chosen token. ``skip_special``: leave control tokens out of the text.
+    the chosen token; ``prompt_logprobs`` the same for the prompt's own tokens. ``max_tokens`` 0 adds none:
+    the prompt is only read. ``skip_special``: leave control tokens out of the text.
+
+    ``json_schema``: the answer is a JSON document valid under this schema (``{"type": "object"}``: any
+    object); ``grammar``: it is a text of this grammar, in llguidance's Lark, which names control tokens by
+    their strings. End of sentence then comes where the document may end, and ends it, ``ignore_eos`` or not.
+    An answer that ends with stop is whole, unless a stop text or token ended it; one cut off, with length.
 
     Raises :class:`UserError` naming the field.
     """
@@ -47,6 +55,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     skip_special: bool = True
+    prompt_logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -56,7 +67,7 @@ class SamplingParams:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             whole = name in _WHOLE
-            if value is None and name in ("seed", "logprobs"):
+            if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
                 raise UserError(f"{name} ({value!r}) must be a {'whole number' if whole else 'number'}")
@@ -71,6 +82,21 @@ class SamplingParams:
                 raise UserError(f"{name} ({ids!r}) must name tokens by their ids, 0 or more")
         if not all(_is_finite(bias) for bias in self.logit_bias.values()):
             raise UserError(f"logit_bias ({dict(self.logit_bias)}) must hold finite numbers")
+        self._check_grammar()
+
+    def _check_grammar(self) -> None:
+        if self.json_schema is not None and self.grammar is not None:
+            raise UserError("json_schema and grammar exclude each other; give one of them")
+        if self.json_schema is not None and not isinstance(self.json_schema, Mapping):
+            raise UserError(f"json_schema ({self.json_schema!r}) must be a JSON object")
+        if not isinstance(self.grammar, (str, type(None))):
+            raise UserError(f"grammar ({self.grammar!r}) must be a text")
+        try:
+            size = len((self.constraint or "").encode())
+        except (TypeError, ValueError, RecursionError) as error:  # UnicodeEncodeError is one
+            raise UserError(f"{self.constraint_name} must be plain JSON or text: {error}") from None
+        if size > GRAMMAR_BYTES:
+            raise UserError(f"{self.constraint_name} has {size} bytes, and at most {GRAMMAR_BYTES} are taken")
 
     @property
     def greedy(self) -> bool:
@@ -82,13 +108,26 @@ class SamplingParams:
         """Whether logits depend on the tokens so far."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def constraint(self) -> str | None:
+        """The schema, as JSON, or the grammar; None for a free answer."""
+        if self.json_schema is not None:
+            return json.dumps(dict(self.json_schema), allow_nan=False, ensure_ascii=False)
+        return self.grammar
+
+    @property
+    def constraint_name(self) -> str:
+        """The field :attr:`constraint` comes from."""
+        return "grammar" if self.json_schema is None else "json_schema"
+
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
-    ("max_tokens", 1, math.inf), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, math.inf),
+    ("max_tokens", 0, math.inf), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, math.inf),
     ("min_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -100, 100),
     ("frequency_penalty", -100, 100), ("seed", 0, 2**63 - 1), ("n", 1, 1024), ("logprobs", 0, TOP_LOGPROBS),
+    ("prompt_logprobs", 0, TOP_LOGPROBS),
 )  # fmt: skip
-_WHOLE = frozenset(("max_tokens", "top_k", "seed", "n", "logprobs"))
+_WHOLE = frozenset(("max_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"))
 
 
 def _is_finite(value: Any) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv3.serve.grammar import forbidden
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence, TokenLogprob
 
@@ -49,8 +50,9 @@ class Row:
 
 
 def adjust(logits_RV: Tensor, rows: Many[Row]) -> Tensor:
-    """FP32 logits with penalties and biases; a new tensor where there are any."""
-    if not any(row.sequence.params.penalised or row.sequence.params.logit_bias for row in rows):
+    """FP32 logits with penalties, biases and grammars; a new tensor where there are any."""
+    held = [(n, (row.sequence.matcher, row.guessed)) for n, row in enumerate(rows) if row.sequence.matcher]
+    if not held and not any(row.sequence.params.penalised or row.sequence.params.logit_bias for row in rows):
         return logits_RV
     logits_RV = logits_RV.clone()
     for logits_V, row in zip(logits_RV, rows):
@@ -61,6 +63,10 @@ def adjust(logits_RV: Tensor, rows: Many[Row]) -> Tensor:
         if known:
             ids = torch.tensor(list(known), device=logits_V.device)
             logits_V[ids] += torch.tensor(list(known.values()), device=logits_V.device)
+    if held:
+        masks_RV = forbidden([place for _, place in held], logits_RV.shape[-1]).to(logits_RV.device)
+        for (number, _), mask_V in zip(held, masks_RV):
+            logits_RV[number].masked_fill_(mask_V, float("-inf"))
     return logits_RV
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from dsv3.serve.grammar import Matcher
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.text import Detokeniser
 
@@ -36,7 +37,10 @@ class Sequence:
 
     ``drafts``: guesses of the tokens that follow, and ``draft_probs`` ``[drafts, V]``, the distributions they
     were drawn from (None when greedy). Both stay when the sequence is preempted, so that its answer does not
-    depend on what else was there.
+    depend on what else was there. ``matcher``: where the answer stands in its grammar (None for a free one).
+
+    ``prompt_logprobs``: those of the prompt's leading tokens, as far as they are known (the first has none);
+    None if nobody asked.
     """
 
     request_id: str
@@ -48,6 +52,8 @@ class Sequence:
     stop_ids: frozenset[int]
     text: Detokeniser
     leader: Sequence | None = None
+    matcher: Matcher | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
     prompt_length: int = 0
     computed: int = 0
     reused: int = 0
@@ -73,22 +79,40 @@ class Sequence:
         return self.tokens[self.prompt_length :]
 
     @property
+    def reusable(self) -> int:
+        """Leading tokens whose rows may come from the cache: of the others the states are wanted too."""
+        scored = self.prompt_logprobs
+        if scored is not None and len(scored) < self.prompt_length:
+            return len(scored) - 1
+        return len(self.tokens) - 1
+
+    @property
     def finished(self) -> bool:
         """Whether the answer has ended, for whatever reason."""
         return self.finish_reason is not None
 
     def extend(self, token_ids: list[int], logprobs: list[TokenLogprob]) -> None:
-        """Append new tokens up to the first that ends the answer; what follows it is dropped."""
+        """Append new tokens up to the first that ends the answer; what follows it is dropped.
+
+        A token that the grammar does not take ends it in an error: the grammar ran into a limit.
+        """
         for place, token in enumerate(token_ids):
+            if self.matcher is not None and not self.matcher.advance(token):
+                self.end("error")
+                return
             self.tokens.append(token)
             if logprobs:
                 self.logprobs.append(logprobs[place])
             ended = token in self.stop_ids
             matched = self.text.push(token, hidden=ended)
-            if ended or matched:
-                self.finish_reason = "stop"
-            elif len(self.tokens) >= self.max_length:
-                self.finish_reason = "length"
-            if self.finished:
-                self.text.close(matched)
+            if ended or matched or (self.matcher is not None and self.matcher.complete):
+                self.end("stop", matched)
                 return
+            if len(self.tokens) >= self.max_length:
+                self.end("length")
+                return
+
+    def end(self, reason: str, matched: bool = False) -> None:
+        """No more tokens come. ``matched``: a stop text ended the answer."""
+        self.finish_reason, self.matcher = reason, None
+        self.text.close(matched)
