@@ -121,7 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
                 yield part(content=text[i : i + 7])
         else:
             yield part(content=f"Answer {count}")
-            time.sleep(0.05)
+            time.sleep(0.2)  # read as two pieces, even by a slow browser
             yield part(content=f" to {said}.")
         if said == "cut":
             return

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from dsv3.data.tokenizer import train
 from dsv3.serve import page as chat_page
+from dsv3.serve.api.settings import Settings
+from tests.serve.api.conftest import Api
 from tests.serve.fake_api import FakeApi
 
 playwright_api = pytest.importorskip("playwright.sync_api")
@@ -61,6 +64,7 @@ def page(browser: Any, server: FakeApi) -> Iterator[Any]:
 
 
 def say(page: Any, text: str) -> None:
+    expect(page.get_by_role("button", name="Send")).to_be_visible()  # the answer before has ended
     page.get_by_label("Message").fill(text)
     page.get_by_label("Message").press("Enter")
 
@@ -259,3 +263,69 @@ def test_the_files_need_nothing_from_elsewhere() -> None:
         text = content.decode().replace("http://www.w3.org/2000/svg", "")  # a name, not an address
         assert "http:" not in text and "https:" not in text, path
         assert "innerHTML" not in text and "eval(" not in text, path
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[Api]:
+    """The real server over a tiny random model."""
+    tokenizer = train(["some words to learn from and to say again, Paris or Rome"] * 9, 340)
+    found = Api(tokenizer, Settings(model_name="tiny"))
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def real(browser: Any, api: Api) -> Iterator[Any]:
+    """The page as the real server hands it out, with the policy it sends in force."""
+    context = browser.new_context()
+    opened = context.new_page()
+    errors: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("console", lambda message: errors.append(message.text))
+    opened.errors = errors
+    opened.goto(api.url)
+    expect(opened.locator("#model-name")).to_have_text("tiny")
+    yield opened
+    assert errors == []
+    context.close()
+
+
+def test_the_real_server_answers(real: Any, api: Api) -> None:
+    real.get_by_role("button", name="Settings").click()
+    for label, value in (("Temperature", "0"), ("Max tokens", "24")):
+        real.get_by_label(label).fill(value)
+    say(real, "some words to learn from, and to say again " * 4)
+    meter = real.get_by_label("Figures of the last answer")
+    expect(meter).to_contain_text("Prompt from cache")
+    first = answer(real).inner_text()
+    assert first.strip()
+    expect(meter).to_contain_text("cache0 of ")
+    real.get_by_role("button", name="Regenerate").click()
+    expect(meter).to_contain_text("Prompt from cache")
+    assert answer(real).inner_text() == first  # greedy
+    expect(meter).not_to_contain_text("cache0 of ")  # the prompt is in the cache now
+    api.idle()
+
+
+def test_stop_frees_the_real_server(real: Any, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.slow(monkeypatch)
+    say(real, "some words")
+    api.until(lambda: api.engine.busy)
+    expect(real.get_by_role("button", name="Stop")).to_be_visible()
+    real.keyboard.press("Escape")
+    expect(answer(real)).to_contain_text("Stopped.")
+    api.idle()
+
+
+def test_a_request_that_is_too_long_is_told(real: Any, api: Api) -> None:
+    say(real, "words " * 600)
+    expect(real.get_by_role("alert")).to_contain_text("512")
+    real.errors.clear()
+    api.idle()
+
+
+def test_the_page_is_served_under_a_policy(api: Api) -> None:
+    for path, (_, content) in chat_page.files().items():
+        found = api.http.get(path)
+        assert found.content == content
+        assert "script-src 'self'" in found.headers["Content-Security-Policy"]

@@ -31,6 +31,7 @@ CLIENTS = 6
 PAUSE = 0.1  # seconds a client waits between requests, on average
 PROMPTS = 12
 ANSWER = 24  # tokens
+LONG, LONG_ANSWER = 3, 220  # so many prompts have long answers, which crowd the cache
 # A small cache and queue: blocks are evicted, answers preempted, requests refused. All of the cache has been
 # touched after a short while, so that later growth of memory is not its.
 OPTIONS = ("--cache-tokens", "640", "--max-batch", "4", "--max-queue", "4", "--max-body", "65536",
@@ -80,16 +81,17 @@ class Soak:
             (self._half, 1), (self._oversized, 2),
         ]  # fmt: skip
 
-    def greedy(self, prompt: str) -> Outcome:
+    def greedy(self, place: int) -> Outcome:
         """The greedy answer to a prompt, streamed."""
         outcome = Outcome(0.0)
-        body = {"prompt": prompt, "max_tokens": ANSWER, "temperature": 0}
+        tokens = LONG_ANSWER if place < LONG else ANSWER
+        body = {"prompt": self.prompts[place], "max_tokens": tokens, "temperature": 0}
         ask(self.target, body, outcome, time.perf_counter())
         return outcome
 
     def idle_answers(self) -> list[str]:
         """Answers to all prompts, one after the other."""
-        outcomes = [self.greedy(prompt) for prompt in self.prompts]
+        outcomes = [self.greedy(place) for place in range(PROMPTS)]
         error = next((one.error for one in outcomes if one.error), None)
         if error:
             raise Failure(f"the idle server does not answer: {error}")
@@ -123,7 +125,7 @@ class Soak:
 
     def _good(self, draw: Random) -> str:
         place = draw.randrange(PROMPTS)
-        outcome = self.greedy(self.prompts[place])
+        outcome = self.greedy(place)
         if outcome.error == "status 429":
             return "refused"
         if outcome.error:

@@ -58,6 +58,7 @@ function fail(text) {
 }
 
 function show() {
+  document.body.classList.toggle("plain", settings.plain);
   $("messages").replaceChildren(...messages.map((message) => {
     const node = make("article", "message " + message.role);
     node.setAttribute("aria-label", message.role === "user" ? "You" : "Model");
