@@ -464,7 +464,7 @@ def test_what_cannot_be_loaded(tmp_path: Path, model: DeepSeekV3) -> None:
     (tmp_path / "empty" / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match=r"pickled weights .* are not read"):
         load(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"quantize \('int3'\) is unknown; use 'fp8', or None"):
+    with pytest.raises(UserError, match=r"quantize \('int3'\) is unknown; use fp8, int8, int4, or None"):
         load(tmp_path / "a", quantize="int3")
     with pytest.raises(UserError, match=r"dtype \('bfloat'\) is unknown \(did you mean bfloat16\?\)"):
         load(tmp_path / "a", dtype="bfloat")

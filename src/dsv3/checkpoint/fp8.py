@@ -74,6 +74,23 @@ def width(shape: tuple[int, ...]) -> int:
     return math.prod(shape[1:])
 
 
+def read(name: str, kind: Kind, rows: Rows, dense: bool = True) -> Iterator[tuple[int, int, Tensor]]:
+    """A tensor a band of rows at a time: first row, row past the last, ``[R, K]``.
+
+    As stored, but FP8 (where ``dense``) in FP32.
+    """
+    stored, shape = kind
+    scales = None
+    if stored is FP8 and dense:
+        scales = rows(names.scale_name(name), 0, scale_shape(shape)[0]).float()
+    for first, last in bands(shape):
+        x = rows(name, first, last)
+        if scales is not None:
+            of_band = scales[first // BLOCK.rows : -(-last // BLOCK.rows)]
+            x = dequantise(Quantised(x, of_band, x.shape, BLOCK, E4M3))
+        yield first, last, x
+
+
 def translate(
     name: str, kind: Kind, dtype: torch.dtype, rows: Rows, put: Put, ue8m0: bool = False, anew: bool = False
 ) -> None:
@@ -83,27 +100,28 @@ def translate(
     ``put`` casts between wider dtypes. Raises :class:`CheckpointError` where an infinity or NaN would be FP8.
     """
     stored, shape = kind
-    scale_name = names.scale_name(name)
-    scales = rows(scale_name, 0, scale_shape(shape)[0]).float() if stored is FP8 else None
+    copied = stored is FP8 and dtype is FP8 and not anew
     made = []
-    for first, last in bands(shape):
-        x = rows(name, first, last)
-        if scales is not None and (dtype is not FP8 or anew):
-            of_band = scales[first // BLOCK.rows : -(-last // BLOCK.rows)]
-            x = dequantise(Quantised(x, of_band, x.shape, BLOCK, E4M3))
-        if dtype is FP8 and (stored is not FP8 or anew):
+    for first, _, x in read(name, kind, rows, dense=not copied):
+        if dtype is FP8 and not copied:
             q = quantised(x, ue8m0)
-            if not q.scales.isfinite().all():
-                raise CheckpointError(
-                    f"{name} cannot be written in FP8: it holds an infinity or a NaN, so the model is broken;"
-                    " take an earlier checkpoint"
-                )
+            refuse_broken(name, q.scales, "FP8")
             x = q.values
             made.append(q.scales)
         put(name, first * width(shape), x)
     if dtype is FP8:
-        kept = scales if scales is not None and not anew else torch.cat(made)
+        scale_name = names.scale_name(name)
+        kept = rows(scale_name, 0, scale_shape(shape)[0]).float() if copied else torch.cat(made)
         put(scale_name, 0, kept)
+
+
+def refuse_broken(name: str, scales: Tensor, kind: str) -> None:
+    """Raise :class:`CheckpointError` where the scales of a quantised weight are not finite."""
+    if not scales.isfinite().all():
+        raise CheckpointError(
+            f"{name} cannot be written in {kind}: it holds an infinity or a NaN, so the model is broken;"
+            " take an earlier checkpoint"
+        )
 
 
 def quantised(x_RK: Tensor, ue8m0: bool = False) -> Quantised:

@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsv3.checkpoint import names
+from dsv3.checkpoint import integers, names
 from dsv3.checkpoint.errors import some, writing
 from dsv3.checkpoint.fp8 import FP8, outputs, quantization_config, translate, width
 from dsv3.checkpoint.safetensors_io import METADATA, Kind, SafetensorsWriter, nbytes, write
-from dsv3.checkpoint.weights import FLOATS, INDEX, SINGLE, Weights
+from dsv3.checkpoint.weights import FLOATS, INDEX, SINGLE, Weights, shard_files
 from dsv3.common.errors import UserError, nearest
 from dsv3.common.files import new_folder, write_json
 from dsv3.config.model import ModelConfig
 from dsv3.model import DeepSeekV3
 from dsv3.ops.blocks import BLOCK
-from dsv3.quant import frozen
+from dsv3.quant import frozen, packed
+from dsv3.quant.packed import Integers
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -54,29 +55,50 @@ def load(
     Raises :class:`UserError` naming missing, unexpected or misshapen tensors, before any is read.
     """
     folder, kind, device = Path(folder), _dtype(dtype), _device(device)
-    if quantize not in (None, "fp8"):
-        raise UserError(f"quantize ({quantize!r}) is unknown; use 'fp8', or None for the dtype of the files")
+    if quantize not in (None, "fp8", *integers.FORMATS):
+        raise UserError(
+            f"quantize ({quantize!r}) is unknown; use fp8, int8, int4, or None for the files' own"
+        )
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the local folder of a Hugging Face checkpoint")
-    config = read_config(folder)
-    with Weights(folder) as weights:
-        model = bare_model(config, weights)
-        if quantize == "fp8":
-            frozen.freeze(model)
-        _allocate(model, weights.dtypes(model, kind), device)
-        weights.fill(model)
-        different = weights.differing_repeats(model)
-    if different:
-        warnings.warn(
-            f"{folder}: {some(different)} differ from the main model's embedding or head; the main model's"
-            " are used, which may lower the acceptance of MTP drafts",
-            stacklevel=2,
+    config, stored = read_config(folder), stored_integers(folder)
+    if stored and quantize not in (None, f"int{stored.bits}"):
+        raise UserError(
+            f"{folder} is int{stored.bits}, quantize ({quantize!r}) needs what that lost; load the original"
         )
+    with Weights(folder) as weights:
+        model = bare_model(config, weights, stored)
+        warn_of_repeats(weights, model.config)
+        if stored:
+            integers.load_mapped(model, weights, device)
+        elif quantize in integers.FORMATS:
+            integers.load_quantising(model, weights, integers.wanted(quantize), device)
+        else:
+            if quantize == "fp8":
+                frozen.freeze(model)
+            _allocate(model, weights.dtypes(model, kind), device)
+            weights.fill(model)
+    if stored or quantize in integers.FORMATS:
+        model.model.embed_tokens.compute_dtype = kind or torch.float32
     return model
 
 
-def bare_model(config: ModelConfig, weights: Weights) -> DeepSeekV3:
-    """The model a folder holds, on the meta device; refuses the folder unless its tensors are the model's."""
+def warn_of_repeats(weights: Weights, config: ModelConfig) -> None:
+    """Warn where MTP layers have an embedding or a head of their own, which are left out."""
+    different = weights.differing_repeats(config)
+    if different:
+        warnings.warn(
+            f"{weights.folder}: {some(different)} differ from the main model's embedding or head; the main"
+            " model's are used, which may lower the acceptance of MTP drafts",
+            stacklevel=3,
+        )
+
+
+def bare_model(config: ModelConfig, weights: Weights, stored: Integers | None = None) -> DeepSeekV3:
+    """The model a folder holds, on the meta device; refuses the folder unless its tensors are the model's.
+
+    ``stored``: the folder is a packed model's, and so is the model.
+    """
     depth, said = names.mtp_depth(config, weights.entries), config.num_nextn_predict_layers
     if depth != said:
         if "num_nextn_predict_layers" in config.model_fields_set:
@@ -88,7 +110,11 @@ def bare_model(config: ModelConfig, weights: Weights) -> DeepSeekV3:
         config = ModelConfig.from_dict({**config.to_dict(), "num_nextn_predict_layers": depth})
     with torch.device("meta"):
         model = DeepSeekV3(config)
-    weights.check(model)
+    if stored:
+        packed.pack(model, stored)
+        weights.check_packed(model)
+    else:
+        weights.check(model)
     return model
 
 
@@ -131,6 +157,10 @@ def save_into(
     absent = [str(path) for path in copied if not path.is_file()]
     if absent:
         raise UserError(f"tokenizer file {some(absent)} does not exist")
+    if any(isinstance(module, packed.PackedLinear) for module in model.modules()):
+        raise UserError(
+            "a packed model is not saved: dsv3 convert SRC DST --to int8|int4 writes such a folder"
+        )
     tensors = dict(names.hf_tensors(model))
     tensors.update({copy: tensors[original] for copy, original in names.mtp_repeats(model.config).items()})
     in_fp8 = names.quantised(model) if fp8 else set()
@@ -141,7 +171,9 @@ def save_into(
         kind = dtype or (torch.bfloat16 if tensor.dtype is FP8 else tensor.dtype)
         kind = FP8 if name in in_fp8 else torch.float32 if names.always_fp32(name) else kind
         kinds[name] = outputs(name, tuple(tensor.shape), kind)
-    shards = _shards({name: sum(map(nbytes, made.values())) for name, made in kinds.items()}, max_shard_bytes)
+    shards = cut_into_shards(
+        {name: sum(map(nbytes, made.values())) for name, made in kinds.items()}, max_shard_bytes
+    )
     digests, where = {}, {}
     for file, shard in zip(shard_files(len(shards)), shards):
         dtypes = {name: kinds[name][name][0] for name in shard}
@@ -179,13 +211,6 @@ def _write_translated(
             translate(name, (tensors[name].dtype, tuple(tensors[name].shape)), dtype, rows, file.put)
 
 
-def shard_files(count: int) -> list[str]:
-    """The customary names of so many files with weights."""
-    if count == 1:
-        return [SINGLE]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
 def write_rest(
     folder: Path,
     config: ModelConfig,
@@ -221,6 +246,8 @@ def config_json(
     """
     tree = {key: value for key, value in config.to_dict().items() if key not in _OF_THE_FOLDER}
     tree["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if quantization and quantization["quant_method"] == integers.METHOD:
+        tree.update(integers.MODEL)
     return {**tree, "quantization_config": quantization} if quantization else tree
 
 
@@ -233,7 +260,7 @@ def _generation_config(config: ModelConfig) -> dict[str, Any]:
     return tree if config.pad_token_id is None else {**tree, "pad_token_id": config.pad_token_id}
 
 
-def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+def cut_into_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Cut the names, in order, into runs of at most ``limit`` bytes (one larger tensor is a shard itself)."""
     if limit < 1:
         raise UserError(f"max_shard_bytes ({limit}) must be positive; 5 GiB is customary")
@@ -260,16 +287,28 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def stored_quantization(folder: Path) -> dict[str, Any]:
-    """``quantization_config`` of ``config.json``, empty without one; refuses what is not FP8 in blocks."""
+    """``quantization_config`` of ``config.json``, empty without one; refuses what dsv3 does not read."""
     stored = ModelConfig.from_pretrained(folder).extra.get("quantization_config")
     if not stored:
         return {}
     facts = stored if isinstance(stored, dict) else {}
-    method, wanted = facts.get("quant_method"), [*BLOCK]
-    if method != "fp8" or facts.get("weight_block_size", wanted) != wanted:
-        path = folder / "config.json"
-        raise UserError(f"{path}: quantization_config ({stored}) is not supported; only fp8 in {wanted} is")
+    path = folder / "config.json"
+    if facts.get("quant_method") == integers.METHOD:
+        integers.from_quantization_config(path, facts)
+    elif facts.get("quant_method") != "fp8" or facts.get("weight_block_size", [*BLOCK]) != [*BLOCK]:
+        raise UserError(
+            f"{path}: quantization_config ({stored}) is not supported; only fp8 in {[*BLOCK]} is,"
+            " and what dsv3 convert wrote"
+        )
     return facts
+
+
+def stored_integers(folder: Path) -> Integers | None:
+    """The format of a folder that holds a packed model; None for any other."""
+    facts = stored_quantization(folder)
+    if facts.get("quant_method") != integers.METHOD:
+        return None
+    return integers.from_quantization_config(folder / "config.json", facts)
 
 
 def _allocate(model: nn.Module, dtypes: dict[str, torch.dtype], device: torch.device) -> None:

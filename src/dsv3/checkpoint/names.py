@@ -42,6 +42,12 @@ def our_name(name: str) -> str:
     return _EXPERT.sub(r"\1\2", name)
 
 
+def layer(name: str) -> int | None:
+    """The layer a tensor belongs to; None for embedding, last norm and head."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else None
+
+
 def mtp_repeats(config: ModelConfig) -> dict[str, str]:
     """Tensors that the files hold twice: ``{name inside an MTP layer: name in the main model}``."""
     main, depth = config.num_hidden_layers, config.num_nextn_predict_layers
@@ -64,11 +70,11 @@ def mtp_depth(config: ModelConfig, names: Iterable[str]) -> int:
     """
     depth, beyond = 0, False
     for name in names:
-        found = _LAYER.match(name)
-        if found and int(found[1]) >= config.num_hidden_layers:
+        index = layer(name)
+        if index is not None and index >= config.num_hidden_layers:
             beyond = True
             if name.endswith(".eh_proj.weight"):
-                depth = max(depth, int(found[1]) - config.num_hidden_layers + 1)
+                depth = max(depth, index - config.num_hidden_layers + 1)
     return depth or (config.num_nextn_predict_layers if beyond else 0)
 
 

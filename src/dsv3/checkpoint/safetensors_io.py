@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,7 @@ class SafetensorsFile:
         self.path = Path(path)
         try:
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+            self._map: mmap.mmap | None = None
         except OSError as error:
             raise UserError(f"cannot read {self.path}: {error.strerror}") from None
         try:
@@ -180,6 +182,22 @@ class SafetensorsFile:
             for first, piece in self.pieces(name):
                 flat[first : first + len(piece)].copy_(piece)
         return into
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor where it lies in the file: read when it is looked at, and again when memory was short.
+
+        It outlives :meth:`close`. What is written to it stays in this process. The file must stay as it is:
+        a process that looks at a part that was cut off is killed.
+        """
+        if self._map is None:
+            # Private, so that the file is never written; no memory is set aside for what might be.
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            self._map = mmap.mmap(self._file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        entry = self.entries[name]
+        count = math.prod(entry.shape)
+        return torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=entry.start).view(
+            entry.shape
+        )
 
 
 def layout(

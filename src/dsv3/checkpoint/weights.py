@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,11 +18,19 @@ from dsv3.checkpoint.errors import some
 from dsv3.checkpoint.fp8 import FP8
 from dsv3.checkpoint.safetensors_io import Entry, Kind, SafetensorsFile
 from dsv3.common.errors import UserError
+from dsv3.config.model import ModelConfig
 from dsv3.model import DeepSeekV3
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def shard_files(count: int) -> list[str]:
+    """The customary names of so many files with weights."""
+    if count == 1:
+        return [SINGLE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 class Weights:
@@ -87,6 +96,31 @@ class Weights:
         for name, entry in self.entries.items():
             if entry.dtype is FP8 and name in shapes:
                 shapes[names.scale_name(name)] = fp8.scale_shape(shapes[name])
+        self._fit(shapes)
+        odd = [
+            f"{name} ({entry.dtype})"
+            for name, entry in self.entries.items()
+            if entry.dtype not in (*FLOATS.values(), FP8) or (entry.dtype is FP8 and len(entry.shape) != 2)
+        ]
+        if odd:
+            raise UserError(
+                f"{self.folder}: {some(odd)} must be FP32, BF16 or FP16, or FP8 with block scales"
+            )
+
+    def check_packed(self, model: DeepSeekV3) -> None:
+        """Refuse the folder, with names, unless its tensors are exactly those of a packed model."""
+        state = model.state_dict()
+        self._fit({name: tuple(tensor.shape) for name, tensor in state.items()})
+        fixed = {name for name, _ in model.named_buffers()}
+        odd = [
+            f"{name} ({entry.dtype})"
+            for name, entry in self.entries.items()
+            if entry.dtype not in ([state[name].dtype] if name in fixed else FLOATS.values())
+        ]
+        if odd:
+            raise UserError(f"{self.folder}: {some(odd)} have another number format than config.json says")
+
+    def _fit(self, shapes: dict[str, tuple[int, ...]]) -> None:
         missing = [name for name in shapes if name not in self.entries]
         extra = [name for name in self.entries if name not in shapes]
         wrong = [
@@ -103,15 +137,6 @@ class Weights:
             faults.append(f"{len(wrong)} misshapen ({some(wrong)})")
         if faults:
             raise UserError(f"{self.folder}: the tensors do not fit config.json: {'; '.join(faults)}")
-        odd = [
-            f"{name} ({entry.dtype})"
-            for name, entry in self.entries.items()
-            if entry.dtype not in (*FLOATS.values(), FP8) or (entry.dtype is FP8 and len(entry.shape) != 2)
-        ]
-        if odd:
-            raise UserError(
-                f"{self.folder}: {some(odd)} must be FP32, BF16 or FP16, or FP8 with block scales"
-            )
 
     def dtypes(self, model: DeepSeekV3, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
         """The dtype of each of the model's tensors, by our name: ``dtype``, or as stored (frozen: FP8)."""
@@ -147,6 +172,10 @@ class Weights:
         """The file that holds a tensor."""
         return self._files[name]
 
+    def mapped(self, name: str) -> Tensor:
+        """A tensor where it lies in its file (:meth:`SafetensorsFile.mapped`)."""
+        return self._files[name].mapped(name)
+
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Rows of a tensor as stored, ``first`` to before ``last``: ``[R, width]``; any thread may ask."""
         width = fp8.width(self.entries[name].shape)
@@ -169,18 +198,14 @@ class Weights:
             else:
                 self._files[name].read(name, into)
 
-    def differing_repeats(self, model: DeepSeekV3) -> list[str]:
+    def differing_repeats(self, config: ModelConfig) -> list[str]:
         """Names of the MTP layers' copies of embedding and head whose values are not the main model's."""
-        tensors = dict(names.hf_tensors(model))
-        different = []
-        for copy, original in names.mtp_repeats(model.config).items():
-            if copy not in self.entries:
-                continue
-            flat = tensors[original].view(-1)
-            same = all(
-                torch.equal(flat[first : first + len(piece)], piece.to(flat))
-                for first, piece in self._files[copy].pieces(copy)
-            )
-            if not same:
-                different.append(copy)
-        return different
+
+        def bands(name: str) -> Iterator[Tensor]:
+            return (x.float() for _, _, x in fp8.read(name, self.kind(name), self.rows))
+
+        return [
+            copy
+            for copy, original in names.mtp_repeats(config).items()
+            if copy in self.entries and not all(map(torch.equal, bands(copy), bands(original)))
+        ]

@@ -18,17 +18,20 @@ app = typer.Typer()
 def convert(
     source: Path = typer.Argument(help="Hugging Face folder of a model: FP8, BF16 or FP32"),
     target: Path = typer.Argument(help="folder to be made"),
-    to: str = typer.Option(..., "--to", help="fp8 (the released layout), bf16 or fp32"),
+    to: str = typer.Option(
+        ..., "--to", help="fp8 (the released layout), bf16, fp32, int8 or int4 (for CPUs)"
+    ),
     scale_format: str = typer.Option(
         "float", "--scale-format", help="scales of fp8: float, or ue8m0 (powers of two, as in V3.1)"
     ),
-    workers: int = typer.Option(2, "--workers", min=1, help="threads; each takes 4 to 36 MiB of memory"),
+    group: int = typer.Option(None, "--group", help="inputs of an INT4 group: 32, 64 or 128 (the default)"),
+    workers: int = typer.Option(2, "--workers", min=1, help="threads; each takes 4 to 72 MiB of memory"),
     as_json: bool = typer.Option(False, "--json", help="print the result as JSON"),
 ) -> None:
     """Write a model's folder in another number format; run again after an interruption to go on."""
     from dsv3.checkpoint.convert import convert as run
 
-    result = run(source, target, to, scale_format, workers)
+    result = run(source, target, to, scale_format, workers, group)
     if as_json:
         moved = result.read_bytes + result.written_bytes
         found = {

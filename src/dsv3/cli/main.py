@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dsv3.cli import bench, chat, convert, data, generate, plan, pretrain, serve, tokenizer
+from dsv3.cli import bench, chat, convert, data, generate, init, plan, pretrain, serve, tokenizer
 from dsv3.common.errors import UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(generate.app)
 app.add_typer(chat.app)
 app.add_typer(serve.app)
 app.add_typer(convert.app)
+app.add_typer(init.app)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
 app.add_typer(tokenizer.app, name="tokenizer")

@@ -144,7 +144,7 @@ class ModelConfig(Recipe):
         """
         tree = dict(tree)
         kind = tree.get("model_type", "deepseek_v3")
-        if kind not in ("deepseek_v3", "kimi_k2"):
+        if kind not in ("deepseek_v3", "kimi_k2", "dsv3_packed"):
             raise UserError(f"model_type ({kind!r}) is not deepseek_v3; dsv3 reads that architecture only")
         for field, wanted in _FIXED.items():
             if tree.get(field, wanted) not in (wanted, None):

@@ -111,7 +111,8 @@ def keys(cls: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, str, An
     return found
 
 
-def _merge(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def merge(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set ``section.key`` of plain nested data; raises :class:`UserError` where the section is a value."""
     *sections, last = dotted.split(".")
     for depth, name in enumerate(sections):
         below = tree.setdefault(name, {})
@@ -182,7 +183,7 @@ def load(cls: type[R], path: str | Path, overrides: list[str] | None = None) -> 
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of keys, not a {type(tree).__name__}")
     for key, value in parse_overrides(overrides or []).items():
-        _merge(tree, key, value)
+        merge(tree, key, value)
     return validate(cls, tree)
 
 
