@@ -47,12 +47,15 @@ def serve(
     log_level: str = typer.Option("info", "--log-level", help="debug, info, warning or error"),
 ) -> None:
     """Serve a model over HTTP; SIGTERM or Ctrl-C lets open answers finish."""
+    from dsv3.checkpoint.hf import load, read_config
     from dsv3.common.errors import UserError
+    from dsv3.data.tokenizer import Tokenizer
     from dsv3.serve.api import logs
+    from dsv3.serve.api.app import create_app
     from dsv3.serve.api.limits import read_keys
     from dsv3.serve.api.server import Listener, bind
     from dsv3.serve.api.settings import Settings
-    from dsv3.serve.engine import Options
+    from dsv3.serve.engine import Engine, Options
 
     levels = ("debug", "info", "warning", "error")
     if log_level not in levels:
@@ -63,16 +66,13 @@ def serve(
         cors_origins=cors_origin,
     )  # fmt: skip
     Options(draft_tokens or 0, max_batch, max_batch_tokens, max_length, cache_tokens, cache_dtype)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json; give the local folder of a Hugging Face checkpoint")
-    listening = bind(host, port)
-
-    from dsv3.checkpoint.hf import load
-    from dsv3.data.tokenizer import Tokenizer
-    from dsv3.serve.api.app import create_app
-    from dsv3.serve.engine import Engine
-
+    longest = read_config(folder).max_position_embeddings
+    if max_length is not None and max_length > longest:
+        raise UserError(
+            f"--max-length ({max_length}) exceeds the model's max_position_embeddings ({longest})"
+        )
     tokenizer = Tokenizer.load(folder)
+    listening = bind(host, port)
     model = load(folder, dtype, device, quantize)
     drafts = min(1, len(model.mtp_modules)) if draft_tokens is None else draft_tokens
     options = Options(drafts, max_batch, max_batch_tokens, max_length, cache_tokens, cache_dtype)

@@ -224,6 +224,21 @@ def test_an_engine_that_fails_fails_its_requests_only(
     assert api.http.post(CHAT, json={**ASK, "max_tokens": 2}).status_code == 200
 
 
+def test_an_engine_that_cannot_be_cleared_says_so(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    with serving() as api, caplog.at_level(logging.CRITICAL, "dsv3.serve"):
+        monkeypatch.setattr(api.engine, "step", broken)
+        monkeypatch.setattr(api.engine, "abort", broken)
+        error(api.http.post(CHAT, json=ASK), 500)
+        assert api.http.get("/health").json()["status"] == "failed"
+        assert api.http.get("/health").status_code == 503
+        error(api.http.post(CHAT, json=ASK), 503)
+
+
 def test_a_fault_of_ours_is_a_clean_500(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("of /some/secret/path")

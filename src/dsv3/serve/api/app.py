@@ -86,11 +86,11 @@ def create_app(engine: Engine, settings: Settings | None = None) -> FastAPI:
 def _endpoints(server: Server) -> APIRouter:
     router = APIRouter(responses=_ERRORS)
 
-    @router.post("/chat/completions", responses={200: {"model": ChatCompletion}})
+    @router.post("/chat/completions", responses=_answers(ChatCompletion))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await chat.create(server, body, request)
 
-    @router.post("/completions", responses={200: {"model": Completion}})
+    @router.post("/completions", responses=_answers(Completion))
     async def text_completions(body: CompletionRequest, request: Request) -> Response:
         return await completions.create(server, body, request)
 
@@ -113,13 +113,18 @@ def _endpoints(server: Server) -> APIRouter:
     return router
 
 
+def _answers(model: Any) -> dict[int | str, dict[str, Any]]:
+    events = {"description": "with stream: events, each a chunk; the last is [DONE]"}
+    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string", **events}}}}}
+
+
 def _operators(app: FastAPI, server: Server, metrics: Metrics) -> None:
     worker = server.worker
 
     @app.get("/health", responses={503: {"description": "draining, or failed"}})
     async def health() -> Response:
         """``ok``; with 503 ``draining`` or ``failed``."""
-        status = "failed" if not worker.alive else "draining" if worker.draining else "ok"
+        status = "failed" if worker.failed else "draining" if worker.draining else "ok"
         return Json({"status": status, "open_answers": worker.open_answers}, 200 if status == "ok" else 503)
 
     @app.get("/metrics", response_class=Response)

@@ -126,7 +126,7 @@ class Worker:
     def __init__(self, engine: Engine, metrics: Metrics, max_queue: int):
         self.engine, self.metrics = engine, metrics
         self.most = engine.options.max_batch + max_queue
-        self.draining = False
+        self.draining = self.failed = False
         self.open_answers = 0
         self.jobs: dict[str, Job] = {}
         self._of: dict[str, Job] = {}  # by the engine's request ids
@@ -147,13 +147,10 @@ class Worker:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, 60)
 
-    @property
-    def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
-
     def open(self, job_id: str, answers: int) -> Job:
         """Room for a request of so many answers, or :class:`ApiError` 429 or 503."""
+        if self.failed:
+            raise ApiError(503, "the engine has failed for good; the server must be started again")
         if self.draining:
             raise ApiError(503, "the server is shutting down; ask another, or again later", retry_after=5)
         if answers > self.most:
@@ -207,6 +204,11 @@ class Worker:
         elif not job.accepted.done():
             job.accepted.set_result(None)
 
+    def _end_of_engine(self) -> None:
+        self.failed = True
+        for job in list(self.jobs.values()):
+            self._taken(job, internal(job.id))
+
     # On the engine's thread.
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
@@ -217,23 +219,25 @@ class Worker:
             log.debug("an update came after the event loop had closed")
 
     def _run(self) -> None:
-        while True:
-            try:
-                command = self._inbox.get(block=not self.engine.busy)
-            except queue.Empty:
-                self._step()
-                continue
-            if command is None:
-                return
-            command()
+        try:
+            while True:
+                try:
+                    command = self._inbox.get(block=not self.engine.busy)
+                except queue.Empty:
+                    command = self._step
+                if command is None:
+                    return
+                try:
+                    command()
+                except Exception:
+                    log.exception("the engine failed; its open requests are given up")
+                    self._give_up()
+        except Exception:
+            log.critical("the engine cannot be cleared and is left alone", exc_info=True)
+            self._post(self._end_of_engine)
 
     def _step(self) -> None:
-        try:
-            updates = self.engine.step()
-        except Exception:
-            log.exception("the engine failed; its open requests are given up")
-            self._give_up()
-            return
+        updates = self.engine.step()
         if updates:
             self._post(self._deliver, updates, time.monotonic())
 
@@ -274,14 +278,10 @@ class Worker:
         self._post(self._deliver, updates, time.monotonic())
 
     def _give_up(self) -> None:
-        """After a failure of a step: every open request ends, and no row of the cache is trusted again."""
+        """After a failure: every open request ends, and no row of the cache is trusted again."""
         failed = list(self.engine.requests)
-        try:
-            self._abort(failed)
-            self.engine.forget()
-        except Exception:
-            log.exception("the engine could not be cleared")
-            self.engine.requests.clear()
+        self._abort(failed)
+        self.engine.forget()
         self._post(self._all_failed, failed)
 
     def _all_failed(self, engine_ids: list[str]) -> None:
