@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from dsv3.model.moe import LocalDispatcher, Routing
 from dsv3.ops.native import decode
 from dsv3.quant.packed import Integers, pack
 from dsv3.serve.engine import Engine, Options
-from dsv3.serve.placement import Placement
+from dsv3.serve.placement import Placement, imbalance
 from dsv3.serve.replicas import Replicas, Spread
 from dsv3.serve.sequence import Sequence
 from tests.model.build import tiny_model
@@ -191,6 +192,27 @@ def test_what_is_as_good_already_stays() -> None:
     again = replicas.rebalance()  # by the same loads
     assert (again.slots, again.nbytes) == (0, 0) and again.after == again.before
     assert (replicas.placement.physical_to_logical_LP == placed).all()
+
+
+def test_a_placement_better_than_the_new_one_stays() -> None:
+    """The greedy choice is not the best: a swap that improves it must not be undone."""
+    engine = Engine(deepcopy(model()), options=Options(cache_tokens=64))
+    replicas = Replicas(engine, slots=24, shards=4)
+    load_LE = np.tile(np.random.default_rng(10).lognormal(size=EXPERTS), (2, 1))
+    for dispatcher, load_E in zip(replicas.dispatchers, load_LE):
+        dispatcher.load_E.copy_(torch.from_numpy(load_E))
+    first = replicas.rebalance()
+    slots_LP, best = replicas.placement.physical_to_logical_LP.copy(), first.after
+    for a, b in combinations(range(24), 2):
+        swapped = slots_LP.copy()
+        swapped[:, [a, b]] = swapped[:, [b, a]]
+        even = imbalance(Placement.of(swapped, EXPERTS).gpu_loads(load_LE, 4)).mean()
+        if even < best:
+            best = even
+            replicas.put(swapped)
+    assert best < first.after - 0.001
+    again = replicas.rebalance()
+    assert again.slots == 0 and again.before == again.after == pytest.approx(best)
 
 
 def test_mistakes_are_refused() -> None:
