@@ -43,11 +43,11 @@ class Server:
         try:
             while time.monotonic() < end:
                 if self.process.poll() is not None:
-                    raise Failure(f"the server ended before it answered: {self._last_line()}")
+                    raise Failure(f"the server ended before it answered: {self.last_line()}")
                 if self._answers():
                     return self
                 time.sleep(0.1)
-            raise Failure(f"the server has not answered within {START:.0f} s: {self._last_line()}")
+            raise Failure(f"the server has not answered within {START:.0f} s: {self.last_line()}")
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -62,7 +62,8 @@ class Server:
         except OSError:
             return False
 
-    def _last_line(self) -> str:
+    def last_line(self) -> str:
+        """What it said last."""
         lines = self.said().strip().splitlines()
         return lines[-1] if lines else "no message"
 

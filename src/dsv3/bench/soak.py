@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -214,8 +214,10 @@ def bench(folder: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
             thread.start()
         try:
             with Progress("soak", seconds, "s") as bar:
-                while (left := begin + seconds - time.monotonic()) > 0 and server.process.poll() is None:
+                while (left := begin + seconds - time.monotonic()) > 0:
                     time.sleep(min(left, max(0.2, seconds / 400)))
+                    if server.process.poll() is not None:
+                        raise Failure(f"the server ended: {server.last_line()}")
                     memory.append(process.memory_info().rss)
                     bar.note(f"{soak.seen.total()} requests, {memory[-1] / 2**20:.0f} MiB")
                     bar.advance(time.monotonic() - begin - bar.done)
@@ -223,19 +225,10 @@ def bench(folder: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
             soak.done.set()
         for thread in threads:
             thread.join()
-        if server.process.poll() is not None:
-            raise Failure(f"the server ended: {server.said().strip().splitlines()[-1:]}")
         after = _when_idle(server.target)
-        idle_again = soak.idle_answers()
-    quarter = max(1, len(memory) // 4)
-    early, late = median(memory[quarter : 2 * quarter] or memory), median(memory[-quarter:])
-    checks = {
-        "every request got what it deserves": not soak.wrong,
-        "no request is left": after["dsv3_requests_running"] == after["dsv3_requests_waiting"] == 0,
-        "no cache block is held": after["dsv3_cache_blocks_used"] == 0,
-        "memory is flat": late <= GROWTH * early,
-        "the idle server answers as before": idle_again == soak.expected,
-    }
+        same = soak.idle_answers() == soak.expected
+    early, late = by_quarter(memory)
+    checks = check_up(bool(soak.wrong), after, early, late, same)
     return {
         "minutes": minutes,
         "failed": [check for check, holds in checks.items() if not holds],
@@ -246,6 +239,25 @@ def bench(folder: Path, minutes: float, seed: int = 0) -> dict[str, Any]:
         "preemptions": after["dsv3_preemptions_total"],
         "prefix_cache_hit_tokens": after["dsv3_prefix_cache_hit_tokens_total"],
         "machine": machine(),
+    }
+
+
+def by_quarter(memory: Sequence[int]) -> tuple[float, float]:
+    """Medians of the second and of the last quarter."""
+    quarter = max(1, len(memory) // 4)
+    return median(memory[quarter : 2 * quarter] or memory), median(memory[-quarter:])
+
+
+def check_up(
+    wrong: bool, after: Mapping[str, float], early: float, late: float, same: bool
+) -> dict[str, bool]:
+    """What must hold afterwards, and whether it does."""
+    return {
+        "every request got what it deserves": not wrong,
+        "no request is left": after["dsv3_requests_running"] == after["dsv3_requests_waiting"] == 0,
+        "no cache block is held": after["dsv3_cache_blocks_used"] == 0,
+        "memory is flat": late <= GROWTH * early,
+        "the idle server answers as before": same,
     }
 
 
