@@ -73,7 +73,7 @@ def until(seen: Callable[[], object]) -> None:
 
 
 def test_the_answers_are_those_of_one_process(front: Disaggregated, llm: dsv3.LLM) -> None:
-    prompts = ["def add(", [5, 6, 7], LONG, "some words", "", [40] * 33]
+    prompts = ["def add(", [5, 6, 7], LONG, "some words", "", [40] * 33, [6, 7, 8], "def"]
     wishes = [
         GREEDY,
         replace(GREEDY, temperature=0.9, seed=5, n=3, logprobs=2),
@@ -81,6 +81,8 @@ def test_the_answers_are_those_of_one_process(front: Disaggregated, llm: dsv3.LL
         replace(GREEDY, temperature=1.2, top_p=0.9, seed=6, repetition_penalty=1.1, logit_bias={5: 1.5}),
         replace(GREEDY, max_tokens=1, n=2, seed=1),
         replace(GREEDY, max_tokens=60, stop=["é", "a", "🙂"], ignore_eos=False),
+        replace(GREEDY, max_tokens=0, prompt_logprobs=1),
+        replace(GREEDY, max_tokens=40, json_schema={"enum": ["some", "words", "return a"]}),
     ]
     found, expected = front.generate(prompts, wishes), llm.generate(prompts, wishes)
     for one, other in zip(found, expected):
@@ -96,6 +98,9 @@ def test_the_answers_are_those_of_one_process(front: Disaggregated, llm: dsv3.LL
             other.usage.completion_tokens,
         )
         assert one.usage.drafted >= one.usage.accepted
+        assert len(one.prompt_logprobs) == len(other.prompt_logprobs)
+    assert found[-1].text in ('"some"', '"words"', '"return a"')
+    assert found[1].completions[2].logprobs and len(found[-2].prompt_logprobs) == 3
     assert front.generate([]) == []
     assert front.generate("some words", replace(GREEDY, seed=6))[0].text
 

@@ -159,6 +159,25 @@ def test_answers_of_one_request_are_taken_one_by_one() -> None:
     assert [found.answer for found in there if found] == [found.answer for found in expected]
 
 
+def test_scores_of_the_prompt_travel() -> None:
+    one, other, params = engine(), engine(), replace(WISH, prompt_logprobs=1)
+    moved = give(other, over_the_wire(take(one, step_until_it_answers(one, [1, 2, 3], params, 0))), "moved")
+    assert moved is not None and moved.prompt_logprobs == run(one, [1, 2, 3], params).prompt_logprobs
+    assert moved.prompt_logprobs and moved.prompt_logprobs[0] is None and moved.prompt_logprobs[2]
+
+
+def test_without_drafts_the_last_token_has_no_row_yet() -> None:
+    """Nor a block, where the prompt fills its blocks."""
+    one, other = engine(), engine()
+    prompt = list(beginning(0)[:16])
+    handover = over_the_wire(take(one, step_until_it_answers(one, prompt, WISH, 0)))
+    assert handover.arrays["rows"].shape[1] == 16
+    moved = give(other, handover, "moved")
+    while other.busy:
+        other.step()
+    assert moved is not None and moved.answer == run(one, prompt, WISH).answer
+
+
 def test_no_room_changes_nothing() -> None:
     first, second = engine(), engine(blocks=5)
     moved = [take(first, step_until_it_answers(first, list(beginning(n)[:40]), WISH, 0)) for n in (0, 1)]

@@ -191,6 +191,7 @@ def test_what_is_as_good_already_stays() -> None:
     placed = replicas.placement.physical_to_logical_LP.copy()
     again = replicas.rebalance()  # by the same loads
     assert (again.slots, again.nbytes) == (0, 0) and again.after == again.before
+    replicas.put(placed.reshape(2, 4, 6)[:, :, ::-1].reshape(2, 24))  # another order in the same shards
     assert (replicas.placement.physical_to_logical_LP == placed).all()
 
 

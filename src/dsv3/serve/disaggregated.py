@@ -35,9 +35,9 @@ from dsv3.common.errors import Failure, UserError
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.serve.channel import Broken, Channel, wait
 from dsv3.serve.engine import Update, Usage
+from dsv3.serve.handover import logprobs_from_json
 from dsv3.serve.llm import Completion, Output, Prompt
 from dsv3.serve.params import SamplingParams
-from dsv3.serve.sequence import TokenLogprob
 
 PREFILL, DECODE = "prefill", "decode"
 HANDED, DONE = "handed", "done"  # other places an answer can be: on its way, at its end
@@ -328,13 +328,10 @@ def _end(process: subprocess.Popen[bytes], patience: float = 0.0) -> str:
 
 
 def _update(message: dict[str, Any], usage: Usage | None) -> Update:
-    logprobs = [
-        TokenLogprob(one["token_id"], one["logprob"], [tuple(pair) for pair in one["top"]])
-        for one in message["logprobs"]
-    ]
     return Update(
-        str(message["id"]), message["index"], message["token_ids"], message["text"], logprobs,
-        message["finish_reason"], usage,
+        str(message["id"]), message["index"], message["token_ids"], message["text"],
+        logprobs_from_json(message["logprobs"]), message["finish_reason"], usage,
+        logprobs_from_json(message["prompt_logprobs"]),
     )  # fmt: skip
 
 
@@ -363,4 +360,5 @@ def _output(request: Request) -> Output:
                 reason,
             )
         )
-    return Output(request.prompt, completions, _total(request))
+    scores = next((update.prompt_logprobs for update in request.updates if update.prompt_logprobs), [])
+    return Output(request.prompt, completions, _total(request), scores)

@@ -63,12 +63,14 @@ def take(engine: Engine, sequence: Sequence) -> Handover:
     """
     assert sequence in engine.scheduler.running and not sequence.finished
     assert sequence.computed == len(sequence.tokens) - 1
-    slots = torch.from_numpy(sequence.slots[: len(sequence.tokens)])
+    # The MTP module's row for the last token is there already; the main model's is still to come.
+    slots = torch.from_numpy(sequence.slots[: sequence.computed + bool(engine.drafter)])
     arrays = {"rows": engine.cache.rows.index_select(1, slots.to(engine.cache.rows.device))}
     if engine.drafter:
         arrays["ends"] = engine.drafter.ends[sequence.blocks[: sequence.computed // BLOCK_SIZE]]
     if sequence.draft_probs is not None:
         arrays["draft_probs"] = sequence.draft_probs
+    scores = sequence.prompt_logprobs
     state = {
         "layout": layout(engine),
         "tokens": sequence.tokens,
@@ -80,7 +82,8 @@ def take(engine: Engine, sequence: Sequence) -> Handover:
         "drafts": sequence.drafts,
         "drafted": sequence.drafted,
         "accepted": sequence.accepted,
-        "logprobs": [[found.token_id, found.logprob, found.top] for found in sequence.logprobs],
+        "logprobs": logprobs_to_json(sequence.logprobs),
+        "prompt_logprobs": scores and logprobs_to_json(scores),
     }
     request = engine.requests[sequence.request_id]
     engine.scheduler.remove(sequence)
@@ -108,7 +111,9 @@ def give(engine: Engine, handover: Handover, request_id: str) -> Sequence | None
     engine.add_request(prompt, replace(params_of(state["params"]), n=1), request_id)
     (sequence,) = engine.requests[request_id]
     sequence.seed, sequence.max_length = state["seed"], state["max_length"]
-    sequence.extend(tokens[len(prompt) :], _logprobs(state["logprobs"]))
+    sequence.extend(tokens[len(prompt) :], logprobs_from_json(state["logprobs"]))
+    scores = state["prompt_logprobs"]
+    sequence.prompt_logprobs = scores and logprobs_from_json(scores)
     assert not sequence.finished and sequence.tokens == tokens
     sequence.drafts, sequence.draft_probs = list(state["drafts"]), arrays.get("draft_probs")
     if sequence.draft_probs is not None:
@@ -117,8 +122,9 @@ def give(engine: Engine, handover: Handover, request_id: str) -> Sequence | None
     sequence.cached_tokens = state["cached_tokens"]
     engine.scheduler.remove(sequence)  # it does not wait for its prompt to be computed
     blocks.grow(sequence, places)
-    slots = torch.from_numpy(sequence.slots[: len(tokens)]).to(engine.cache.rows.device)
-    engine.cache.rows.index_copy_(1, slots, arrays["rows"].to(engine.cache.rows.device))
+    rows = arrays["rows"].to(engine.cache.rows.device)
+    slots = torch.from_numpy(sequence.slots[: rows.shape[1]]).to(rows.device)
+    engine.cache.rows.index_copy_(1, slots, rows)
     sequence.computed = len(tokens) - 1
     if engine.drafter:
         full = sequence.blocks[: sequence.computed // BLOCK_SIZE]
@@ -134,8 +140,17 @@ def params_of(state: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**{**state, "logit_bias": biases})
 
 
-def _logprobs(state: Many[Any]) -> list[TokenLogprob]:
-    return [TokenLogprob(token, logprob, [tuple(pair) for pair in top]) for token, logprob, top in state]
+def logprobs_to_json(logprobs: Many[TokenLogprob | None]) -> list[Any]:
+    """Lists of lists; None for the first token of a prompt."""
+    return [found and [found.token_id, found.logprob, found.top] for found in logprobs]
+
+
+def logprobs_from_json(state: Many[Any]) -> list[Any]:
+    """The inverse of :func:`logprobs_to_json`."""
+    return [
+        found and TokenLogprob(found[0], found[1], [(token, logprob) for token, logprob in found[2]])
+        for found in state
+    ]
 
 
 def to_wire(handover: Handover) -> tuple[dict[str, Any], list[memoryview]]:

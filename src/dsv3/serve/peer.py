@@ -27,7 +27,7 @@ from typing import Any
 from dsv3.common.errors import Failure, UserError
 from dsv3.serve.channel import SMALL, Broken, Channel, HungUp, wait
 from dsv3.serve.engine import Engine, Update, usage_of
-from dsv3.serve.handover import Handover, from_wire, give, params_of, take, to_wire
+from dsv3.serve.handover import Handover, from_wire, give, logprobs_to_json, params_of, take, to_wire
 from dsv3.serve.llm import LLM
 from dsv3.serve.sequence import Sequence
 
@@ -73,9 +73,12 @@ class Peer:
 
     def update(self, key: str, new: Update) -> None:
         """Say what has been added to an answer."""
-        told = {**asdict(new), "kind": "update"}
-        told["id"], told["index"] = split(key)
-        self.control.send(told)
+        number, index = split(key)
+        told = {field: getattr(new, field) for field in ("token_ids", "text", "finish_reason")}
+        for field in ("logprobs", "prompt_logprobs"):
+            told[field] = logprobs_to_json(getattr(new, field))
+        told["usage"] = new.usage and asdict(new.usage)
+        self.control.send({**told, "kind": "update", "id": number, "index": index})
 
     @property
     def moving(self) -> int:
@@ -297,8 +300,10 @@ class Decode(Peer):
 def whole(sequence: Sequence) -> Update:
     """Everything of an answer so far, as one update."""
     usage = usage_of([sequence]) if sequence.finished else None
-    told = sequence.answer, sequence.text.text, sequence.logprobs
-    return Update(sequence.request_id, sequence.index, *told, sequence.finish_reason, usage)
+    return Update(
+        sequence.request_id, sequence.index, sequence.answer, sequence.text.text, sequence.logprobs,
+        sequence.finish_reason, usage, sequence.prompt_logprobs or [],
+    )  # fmt: skip
 
 
 def main() -> None:
