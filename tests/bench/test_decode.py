@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from dsv3.bench import decode, decode_worker, drafts, llama_cpp
@@ -23,7 +22,7 @@ from dsv3.plan.params import counts
 from tests.model.build import TINY, tiny_config, tiny_model
 
 JOB: dict[str, Any] = {
-    "format": "bf16", "threads": 1, "prompt_tokens": 9, "tokens": 5, "batches": [1, 3], "seed": 0,
+    "threads": 1, "prompt_tokens": 9, "tokens": 5, "batches": [1, 3], "seed": 0,
 }  # fmt: skip
 # Stands for llama.cpp: speeds that tell batch and prompt apart, the first of a batch to be thrown away.
 FAKE = """#!/usr/bin/env python3
@@ -92,31 +91,27 @@ def test_bandwidth_is_bytes_a_second() -> None:
     assert decode_worker.bandwidth(2**-10, times=1) > 1e6
 
 
-def test_the_benchmark_s_model(tmp_path: Path) -> None:
-    total = counts(ModelConfig.from_dict(decode.V3_1B))
-    assert total.main == pytest.approx(1.44e9, rel=0.01)
-    small = {**TINY, "initializer_range": 0.5, "num_hidden_layers": 2}
-    decode.make(tmp_path / "a", small, [])
-    decode.make(tmp_path / "b", small, [])
-    first, second = load(tmp_path / "a").state_dict(), load(tmp_path / "b").state_dict()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    assert first["lm_head.weight"].dtype == torch.bfloat16
-    assert float(first["lm_head.weight"].float().std()) == pytest.approx(0.5, rel=0.1)
-    experts = next(tensor for name, tensor in first.items() if ".mlp.experts." in name)
-    assert not torch.equal(experts[0], experts[1])
-    assert bool((first["model.norm.weight"] == 1).all())
+def test_the_benchmark_s_model_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert counts(ModelConfig.from_dict(decode.V3_1B)).main == pytest.approx(1.44e9, rel=0.01)
+    monkeypatch.setattr(decode, "V3_1B", TINY)
+    monkeypatch.chdir(tmp_path)
+    folder = decode.default_model(None)
+    assert load(folder).config.hidden_size == TINY["hidden_size"]
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert decode.default_model(None) == folder and (folder / "config.json").stat().st_mtime_ns == written
 
 
 def test_ours_alone_in_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_bandwidth", lambda threads: 2e9)
     plan = decode.Plan(folder, 9, 5, (1, 2), 1)
-    result = decode.bench(plan, ["bf16"], ["llama.cpp"], rounds=1)
+    result = decode.bench(plan, ["bf16", "int8"], ["llama.cpp"], rounds=1)
     assert result["ratios"] == {} and result["peers"] == {}
     assert "--llama-cpp" in result["left_out"][0]
     one = result["ours"]["bf16:batch-1"]
     share = one["weight_bytes_per_token"] * one["decode_tokens_per_second"] / 2e9
     assert one["share_of_memory_read"] == pytest.approx(share)
     assert "share_of_memory_read" not in result["ours"]["bf16:batch-2"]
+    assert 4 * result["ours"]["int8:batch-1"]["weight_bytes_per_token"] < 3 * one["weight_bytes_per_token"]
     assert result["machine"]["threads"] == 1 and result["machine"]["torch"]
     assert "left out: llama.cpp" in decode.report(json.loads(json.dumps(result)))
 
@@ -147,7 +142,9 @@ def test_ratios_are_ours_over_theirs(
     }
     assert result["ours"]["int8:batch-1"]["decode_rounds"] == [2.0, 4.0, 600.0]
     assert result["ours"]["int8:batch-1"]["share_of_memory_read"] == pytest.approx(0.5)
-    assert sorted(file.name for file in model.glob("*.gguf")) == ["bf16.gguf", "q4_0.gguf", "q8_0.gguf"]
+    assert sorted(file.name for file in tmp_path.glob("model-*")) == [
+        "model-bf16.gguf", "model-int4", "model-int8", "model-q4_0.gguf", "model-q8_0.gguf",
+    ]  # fmt: skip
     text = decode.report(result)
     assert "llama.cpp int4:batch-1" in text and "transformers" not in text
     rounds = iter([4.0])
@@ -163,7 +160,7 @@ def test_llama_cpp_s_mistakes_are_told(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(UserError, match="--tokenizer"):
         llama_cpp.gguf(llama, tmp_path, "int8")
     (llama / llama_cpp.CONVERTER).unlink()
-    with pytest.raises(UserError, match=r"bf16\.gguf does not exist"):
+    with pytest.raises(UserError, match=r"-bf16\.gguf does not exist"):
         llama_cpp.gguf(llama, tmp_path, "bf16")
     with pytest.raises(Failure, match="no figures for batch 4"):
         llama_cpp.parse('{"pl": 1, "speed_pp": 1, "speed_tg": 2}', (1, 4))

@@ -15,16 +15,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from dsv3.bench import llama_cpp
 from dsv3.bench.machine import machine
-from dsv3.checkpoint.hf import save, tokenizer_files
+from dsv3.checkpoint.convert import convert
+from dsv3.checkpoint.init import init
 from dsv3.common.errors import Failure, UserError
 from dsv3.common.progress import Progress
 from dsv3.config.model import ModelConfig
 from dsv3.config.recipe import validate
-from dsv3.model import DeepSeekV3
 
 WORKER = "dsv3.bench.decode_worker"
 FORMATS = ("bf16", "int8", "int4")
@@ -56,12 +54,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Side:
-    """``name``: ours, or a peer's. ``gguf``: llama.cpp's file. ``binary``: its program."""
+    """``name``: ours, or a peer's. ``model``: folder or file. ``program``: llama.cpp's, for its own side."""
 
     name: str
     format: str
-    gguf: Path | None = None
-    binary: Path | None = None
+    model: Path
+    program: Path | None = None
 
     def __str__(self) -> str:
         return f"{self.name} {self.format}"
@@ -84,34 +82,21 @@ def sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-@torch.no_grad()
-def make(folder: Path, shape: dict[str, Any], tokenizer_files: list[Path], seed: int = 0) -> None:
-    """A BF16 folder of random weights. Norms are one, as at the start of training."""
-    with torch.device("meta"):
-        model = DeepSeekV3(validate(ModelConfig, shape)).bfloat16()
-    model.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    for buffer in model.buffers():
-        buffer.zero_()
-    with Progress(f"making {folder}", sum(p.numel() for p in model.parameters()), "weights") as progress:
-        for parameter in model.parameters():
-            for piece in parameter.view(-1).split(2**24):
-                if parameter.dim() == 1:
-                    piece.fill_(1.0)
-                else:
-                    piece.copy_(torch.randn(len(piece), generator=generator) * model.config.initializer_range)
-                progress.advance(len(piece))
-    save(model, folder, tokenizer_files=tokenizer_files)
-
-
 def default_model(tokenizer: Path | None) -> Path:
     """The folder of "v3-1b", made unless it is there. Without a tokenizer llama.cpp cannot read it."""
     folder = Path("runs/bench-decode/v3-1b")
     if not folder.exists():
-        files = tokenizer_files(tokenizer) if tokenizer else []
-        if tokenizer and not files:
-            raise UserError(f"--tokenizer ({tokenizer}) holds no tokenizer.json; give the folder of one")
-        make(folder, V3_1B, files)
+        init(validate(ModelConfig, V3_1B), folder, tokenizer=tokenizer)
+    return folder
+
+
+def folder_of(model: Path, kind: str) -> Path:
+    """The model in this format: converted, beside it, unless that is there."""
+    if kind == "bf16":
+        return model
+    folder = model.with_name(f"{model.name}-{kind}")
+    if not folder.exists():
+        convert(model, folder, kind)
     return folder
 
 
@@ -125,15 +110,15 @@ def bench(
             f"--prompt-tokens ({wanted}) and --tokens ({plan.tokens}) exceed the {longest} positions of"
             f" {plan.model}; lower one of them"
         )
-    sides, left_out = [Side("ours", kind) for kind in formats], []
+    sides, left_out = [Side("ours", kind, folder_of(plan.model, kind)) for kind in formats], []
     for peer in peers:
         if peer != "llama.cpp":
-            sides += [Side(peer, "bf16")] if "bf16" in formats else []
+            sides += [Side(peer, "bf16", plan.model)] if "bf16" in formats else []
         elif llama is None:
             left_out.append("llama.cpp: say where it is with --llama-cpp or DSV3_LLAMA_CPP")
         else:
-            binary = llama_cpp.program(llama, llama_cpp.BENCH)
-            sides += [Side(peer, kind, llama_cpp.gguf(llama, plan.model, kind), binary) for kind in formats]
+            program = llama_cpp.program(llama, llama_cpp.BENCH)
+            sides += [Side(peer, kind, llama_cpp.gguf(llama, plan.model, kind), program) for kind in formats]
     measured: dict[Side, list[dict[str, Any]]] = {side: [] for side in sides}
     bandwidths = []
     with Progress("bench decode", rounds * len(sides), "runs") as progress:
@@ -155,11 +140,11 @@ def bench(
 
 
 def _run(side: Side, plan: Plan, number: int) -> dict[str, Any]:
-    if side.binary and side.gguf:
+    if side.program:
         return llama_cpp.measure(
-            side.binary, side.gguf, plan.prompt_tokens, plan.tokens, plan.batches, plan.threads
+            side.program, side.model, plan.prompt_tokens, plan.tokens, plan.batches, plan.threads
         )
-    job = {**asdict(plan), "model": str(plan.model), "do": side.name, "format": side.format, "seed": number}
+    job = {**asdict(plan), "model": str(side.model), "do": side.name, "seed": number}
     return answer_of(WORKER, job, str(side))
 
 

@@ -28,7 +28,6 @@ def ours(job: dict[str, Any]) -> tuple[Answer, dict[str, Any]]:
     largest, length = max(job["batches"]), job["prompt_tokens"] + job["tokens"]
     llm = dsv3.LLM(
         job["model"],
-        quantize=None if job["format"] == "bf16" else job["format"],
         max_batch=largest,
         max_batch_tokens=largest * job["prompt_tokens"],
         max_length=length,

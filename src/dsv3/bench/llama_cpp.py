@@ -25,8 +25,8 @@ def program(folder: Path, name: str) -> Path:
 
 
 def gguf(llama: Path, model: Path, kind: str) -> Path:
-    """The model's file of this format, in the model's folder; made there if it is not."""
-    path = model / f"{TYPES[kind].lower()}.gguf"
+    """The model's file of this format, beside its folder; made there if it is not."""
+    path = model.with_name(f"{model.name}-{TYPES[kind].lower()}.gguf")
     if path.is_file():
         return path
     partial = path.with_suffix(".partial")
@@ -45,13 +45,13 @@ def gguf(llama: Path, model: Path, kind: str) -> Path:
 
 
 def measure(
-    binary: Path, file: Path, prompt_tokens: int, tokens: int, batches: tuple[int, ...], threads: int
+    bench: Path, file: Path, prompt_tokens: int, tokens: int, batches: tuple[int, ...], threads: int
 ) -> dict[str, Any]:
     """Tokens a second for each batch. Its first figures pay for mapping the file, and are thrown away."""
     room = -(-(prompt_tokens + tokens) // CELLS) * CELLS * max(batches)
     text = _done(
         [
-            str(binary), "-m", str(file), "-c", str(room), "-t", str(threads),
+            str(bench), "-m", str(file), "-c", str(room), "-t", str(threads),
             "-npp", str(prompt_tokens), "-ntg", str(tokens),
             "-npl", ",".join(map(str, (batches[0], *batches))), "--output-format", "jsonl",
         ]

@@ -102,7 +102,7 @@ def convert(
 def decode(
     vs: str = typer.Option("transformers,llama.cpp", "--vs", help="peers; transformers:eager is one too"),
     model: Path = typer.Option(
-        None, "--model", help="BF16 folder; default: runs/bench-decode/v3-1b, random weights, made if absent"
+        None, "--model", help="BF16 folder; default: runs/bench-decode/v3-1b, random weights, made"
     ),
     tokenizer: Path = typer.Option(
         None, "--tokenizer", help="folder whose tokenizer the made model gets (llama.cpp wants one it knows)"
@@ -111,12 +111,15 @@ def decode(
     tokens: int = typer.Option(64, "--tokens", min=2, help="tokens of an answer"),
     batch: str = typer.Option("1,4,16", "--batch", help="answers at once"),
     formats: str = typer.Option(
-        "bf16,int8,int4", "--formats", help="of our weights; peers run the same, or as near as they have"
+        "bf16,int8,int4", "--formats", help="made beside the model; peers: the same or the nearest"
     ),
     rounds: int = typer.Option(3, "--rounds", min=1, help="of each, in turns"),
     threads: int = typer.Option(0, "--threads", min=0, help="CPU threads of each; 0: torch's choice"),
     llama_cpp: Path = typer.Option(
-        None, "--llama-cpp", envvar="DSV3_LLAMA_CPP", help="llama.cpp's folder, built; its files are made"
+        None,
+        "--llama-cpp",
+        envvar="DSV3_LLAMA_CPP",
+        help="folder of llama.cpp, built; its files are made too",
     ),
     mtp: Path = typer.Option(
         None, "--mtp", help="instead: a trained model, its MTP drafts on beside off, one answer at a time"
