@@ -124,6 +124,26 @@ def test_a_reload_keeps_the_conversation_and_new_chat_forgets_it(page: Any) -> N
     expect(page.get_by_text("Write a message to begin.")).to_be_visible()
 
 
+def test_new_chat_in_the_middle(page: Any, server: FakeApi) -> None:
+    say(page, "slow")
+    expect(answer(page)).to_contain_text("w3 ")
+    page.get_by_role("button", name="New chat").click()
+    assert server.gone.wait(10)
+    expect(page.get_by_role("article")).to_have_count(0)
+    say(page, "hello")
+    expect(answer(page)).to_have_text("Answer 2 to hello.", use_inner_text=True)
+    assert server.requests[1]["messages"] == [{"role": "user", "content": "hello"}]
+
+
+def test_an_answer_is_copied(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    say(page, "code")
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()  # nothing is redrawn any more
+    answer(page).get_by_role("button", name="Copy").click()
+    expect(answer(page)).to_contain_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "def f(__init__):\n    return 1"
+
+
 def test_a_reload_in_the_middle_keeps_what_was_written(page: Any) -> None:
     say(page, "slow")
     expect(answer(page)).to_contain_text("w3 ")

@@ -65,11 +65,12 @@ function build(block) {
   if (block.kind === "code") {
     const figure = make("figure", "code");
     const bar = make("figcaption", "", block.language || "text");
-    const copy = make("button", "", "Copy");
-    copy.type = "button";
-    copy.addEventListener("click", () => navigator.clipboard.writeText(block.text).then(
-      () => { copy.textContent = "Copied"; }, () => { copy.textContent = "Not copied"; }));
-    bar.append(copy);
+    const button = make("button", "", "Copy");
+    button.type = "button";
+    button.addEventListener("click", async () => {
+      button.textContent = await copy(block.text) ? "Copied" : "Not copied";
+    });
+    bar.append(button);
     const pre = make("pre");
     pre.tabIndex = 0; // long lines scroll: by keyboard, too
     pre.append(make("code", "", block.text));
@@ -113,6 +114,16 @@ function inline(node, text) {
   }
   node.append(text.slice(end));
   return node;
+}
+
+// Whether the text is in the clipboard now: a page from afar without TLS may not.
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 export function make(tag, name, text) {

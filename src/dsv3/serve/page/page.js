@@ -1,7 +1,7 @@
 // The page: one conversation, kept in this browser, with a model on the server the page came from.
 
 import { answer, models } from "./api.js";
-import { make, render } from "./markdown.js";
+import { copy, make, render } from "./markdown.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
@@ -15,32 +15,32 @@ const ENDS = {
 };
 
 // messages: {role, content} of the user, {role, content, reasoning, end, figures} of the assistant
-let messages = recall(localStorage, "dsv3.messages", []);
+let messages = recall("localStorage", "dsv3.messages", []);
 if (messages.at(-1)?.end === "unfinished" && isEmpty(messages.at(-1))) messages.pop(); // closed before it came
 let settings = { system: "", temperature: "0.6", top_p: "0.95", top_k: "", max_tokens: "512", seed: "",
-  plain: false, open: false, model: "", ...recall(localStorage, "dsv3.settings", {}) };
-let key = recall(sessionStorage, "dsv3.key", "");
+  plain: false, open: false, model: "", ...recall("localStorage", "dsv3.settings", {}) };
+let key = recall("sessionStorage", "dsv3.key", "");
 let running = null; // the AbortController of the answer being written
 let askAgain = false; // once there is a key
 
 function recall(storage, name, otherwise) {
   try {
-    return JSON.parse(storage.getItem(name)) ?? otherwise;
-  } catch { // no storage allowed, or not ours
+    return JSON.parse(window[storage].getItem(name)) ?? otherwise;
+  } catch { // no storage is allowed, or what is there is not ours
     return otherwise;
   }
 }
 
 function keep(storage, name, value) {
   try {
-    storage.setItem(name, JSON.stringify(value));
+    window[storage].setItem(name, JSON.stringify(value));
   } catch {
     tell("This browser keeps no more: the conversation is lost when the page closes.");
   }
 }
 
-const keepMessages = () => keep(localStorage, "dsv3.messages", messages);
-const keepSettings = () => keep(localStorage, "dsv3.settings", settings);
+const keepMessages = () => keep("localStorage", "dsv3.messages", messages);
+const keepSettings = () => keep("localStorage", "dsv3.settings", settings);
 
 function isEmpty(message) {
   return !message.content && !message.reasoning;
@@ -191,7 +191,7 @@ function numbersAreGood() {
   openSettings(true);
   fail(`${$("settings").querySelector(`[for=${bad.id}]`).textContent}: ${bad.validationMessage}`);
   below();
-  bad.focus();
+  bad.reportValidity(); // on a phone the settings cover the line above
   return false;
 }
 
@@ -273,8 +273,9 @@ $("stop").addEventListener("click", () => {
   $("input").focus();
 });
 $("regenerate").addEventListener("click", reply);
-$("copy").addEventListener("click", () => navigator.clipboard.writeText(messages.at(-1).content).then(
-  () => tell("Copied."), () => tell("The browser did not allow copying.")));
+$("copy").addEventListener("click", async () => {
+  tell(await copy(messages.at(-1).content) ? "Copied." : "The browser does not allow copying.");
+});
 $("new").addEventListener("click", () => {
   running?.abort();
   messages = [];
@@ -299,7 +300,7 @@ $("model").addEventListener("change", () => {
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   key = $("key").value;
-  keep(sessionStorage, "dsv3.key", key);
+  keep("sessionStorage", "dsv3.key", key);
   $("key").value = "";
   $("key-form").hidden = true;
   fail("");
