@@ -93,6 +93,21 @@ def test_own_options_of_a_line(llm: dsv3.LLM, tmp_path: Path) -> None:
     assert third["text"] == llm.tokenizer.decode([7, 7])  # type: ignore[union-attr]
 
 
+def test_schemas_and_scores_of_a_line(llm: dsv3.LLM, tmp_path: Path) -> None:
+    lines: list[Any] = [
+        {"prompt": "a word", "json_schema": {"enum": ["yes", "no"]}},
+        {"prompt": "a word", "grammar": 'start: "more " ("words" | "and")'},
+        {"prompt": "a word", "max_tokens": 0, "prompt_logprobs": 1},
+    ]
+    generate_file(llm, write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", WISH)
+    first, second, third = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert json.loads(first["text"]) in ("yes", "no") and first["finish_reason"] == "stop"
+    assert second["text"] in ("more words", "more and")
+    assert third["text"] == "" and third["prompt_logprobs"][0] is None
+    scored = [score["token_id"] for score in third["prompt_logprobs"][1:]]
+    assert scored == llm.encode("a word")[1:] and third["usage"]["completion_tokens"] == 0
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -103,6 +118,9 @@ def test_own_options_of_a_line(llm: dsv3.LLM, tmp_path: Path) -> None:
         ('{"prompt": "a", "top_p": 7}', r"top_p \(7\) must be from 0 to 1"),
         ('{"prompt": "a", "suffix": 1}', r"suffix \(1\) must be a text"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "logit_bias"),
+        ('{"prompt": "a", "json_schema": "x"}', r"json_schema \('x'\) must be a JSON object"),
+        ('{"prompt": "a", "json_schema": {"not": {}}}', "json_schema is refused: Unimplemented keys"),
+        ('{"prompt": "a", "grammar": "start: b"}', "grammar is refused: .*unknown name"),
         (json.dumps({"prompt": "word " * 2000}), "tokens and max_length is"),
     ],
 )

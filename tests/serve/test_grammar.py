@@ -24,7 +24,7 @@ from dsv3.data.tokenizer import Tokenizer, train
 from dsv3.model import DeepSeekV3
 from dsv3.serve import grammar as grammar_module
 from dsv3.serve.engine import Engine, Options
-from dsv3.serve.grammar import Grammars, Matcher, forbidden
+from dsv3.serve.grammar import Grammars, forbidden
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence
 from tests.model.build import tiny_model
@@ -345,34 +345,30 @@ def test_a_dead_end_is_an_error_of_its_own_request(unrehearsed: None) -> None:
 # Masks
 
 
-@pytest.mark.parametrize("drafts", [0, 1, 2])
-def test_masks_beside_trying_every_token(unrehearsed: None, drafts: int) -> None:
-    grammars, chance = Grammars(tokenizer(), size := tokenizer().vocab_size), random.Random(drafts)
-    wish = SamplingParams(json_schema=PERSON)
-    matcher, known, forced = grammars.start(wish), list[int](), 0
-
-    def after(tokens: list[int]) -> Matcher | None:
-        fresh = grammars.start(wish)
-        return fresh if all(fresh.advance(token) for token in tokens) else None
-
-    while not matcher.complete and len(known) < 40:
+def test_masks_beside_trying_every_token(unrehearsed: None) -> None:
+    """After tokens and drafts, by a matcher that comes back, as by a new one that went there."""
+    grammars, chance = Grammars(tokenizer(), size := tokenizer().vocab_size), random.Random(1)
+    wish, known, forced = SamplingParams(json_schema=PERSON), list[int](), 0
+    matcher = grammars.start(wish)
+    while not matcher.complete and len(known) < 25:
         guessed: list[int] = []
-        for _ in range(drafts + 1):
-            fits = [token for token in range(size) if after([*known, *guessed, token])]
-            if not fits:
-                break  # complete
+        for _ in range(3):
+            fresh = grammars.start(wish)
+            assert all(fresh.advance(token) for token in [*known, *guessed])
+            if fresh.complete:
+                break
             (mask_V,) = forbidden([(matcher, guessed)], size)
+            assert torch.equal(mask_V, forbidden([(fresh, [])], size)[0])
             found = (~mask_V).nonzero()[:, 0].tolist()
+            fits = [token for token in range(size) if fresh._inner.validate_tokens([token])]
             if found != fits:  # what must follow is spelt as the tokenizer spells it
                 assert len(found) == 1 and found[0] in fits
                 spelt = tokenizer().token_bytes[found[0]]
                 assert all(spelt.startswith(tokenizer().token_bytes[token]) for token in fits)
                 forced += 1
-            fresh = after([*known, *guessed])
-            assert fresh is not None and torch.equal(mask_V, forbidden([(fresh, [])], size)[0])
             guessed.append(chance.choice(found))
-        (mask_V,) = forbidden([(matcher, [ord("}"), ord("}")])], size)
-        assert not mask_V.any()  # drafts that do not fit: the row is of no use
+        wrong = [tokenizer().bos_id]
+        assert not forbidden([(matcher, wrong)], size).any()  # there is no such place
         known.append(guessed[0])
         assert matcher.advance(guessed[0])
     assert forced

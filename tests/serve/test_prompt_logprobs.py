@@ -120,13 +120,14 @@ def test_scores_outlive_preemption() -> None:
     engine.add_request(prompt(0)[:30], SamplingParams(max_tokens=30, ignore_eos=True, seed=0))
     request = engine.add_request(prompt(1)[:44], SamplingParams(max_tokens=9, prompt_logprobs=1, seed=0))
     (sequence,) = engine.requests[request]
-    halves = 0
+    halves = kept = 0
     while engine.busy:
         known = len(sequence.prompt_logprobs or [])
         before = sequence.preemptions
         engine.step()
         halves += sequence.preemptions > before and 1 < known < 44
-    assert halves
+        kept = max(kept, sequence.reused)
+    assert halves and kept
     check(sequence.prompt_logprobs or [], prompt(1)[:44], 1)
 
 

@@ -290,7 +290,7 @@ class Engine:
             if sequence.finish_reason == "error":
                 continue
             sequence.computed = len(sequence.tokens) - 1 if chunk.samples else chunk.stop
-            if sequence.computed > chunk.start:
+            if sequence.computed > chunk.start:  # or the last token of a prompt that is only read
                 good.append(chunk)
                 begins.append(begin)
         if self.drafter and good:
