@@ -221,6 +221,8 @@ def test_an_engine_that_fails_fails_its_requests_only(
     else:
         error(response, 500)
     api.idle()
+    assert steps == 3  # given up, not gone on with
+    assert not api.engine.blocks._named
     assert api.http.post(CHAT, json={**ASK, "max_tokens": 2}).status_code == 200
 
 

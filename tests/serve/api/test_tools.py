@@ -115,6 +115,7 @@ BEGIN = f"{s.TOOL_CALLS_BEGIN}{s.TOOL_CALL_BEGIN}function{s.TOOL_SEP}"
             [("f", "{}"), ("g", "{}")],
         ),
         (BEGIN + "x" * 5000 + "\n```json\n{}", "x" * 5000 + "\n```json\n{}", []),
+        (BEGIN + "f\n" + " " * 5000 + "{}", "f\n" + " " * 5000 + "{}", []),
     ],
 )
 def test_malformed_calls_end_cleanly(text: str, content: str, calls: list[tuple[str, str]]) -> None:
