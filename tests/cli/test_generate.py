@@ -73,6 +73,17 @@ def test_chat_keeps_its_history_and_reads_it_from_the_cache(
     assert messages[-1]["role"] == "assistant" and "shorten it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("quantize", ["fp8", "int8", "int4"])
+def test_quantized_weights(folder: Path, quantize: str) -> None:
+    done = dsv3("generate", str(folder), "--prompt", "some", "--max-tokens", "6", "--quantize", quantize)
+    assert done.returncode == 0, done.stderr
+    llm = package.LLM(folder, quantize=quantize, draft_tokens=1)
+    wanted = llm.generate(["some"], package.SamplingParams(max_tokens=6, temperature=0))[0].text
+    assert done.stdout == wanted.replace("\r\n", "\n").replace("\r", "\n") + "\n"
+    done = dsv3("chat", str(folder), "--max-tokens", "3", "--quantize", quantize, said="some words\n/exit\n")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -80,6 +91,7 @@ def test_chat_keeps_its_history_and_reads_it_from_the_cache(
         (("--prompt", "x", "--input", "y"), "give either --prompt or --input"),
         (("--prompt", "x", "--output", "y"), "--input and --output belong together"),
         (("--input", "nothing", "--output", "y"), "input nothing does not exist"),
+        (("--prompt", "x", "--quantize", "int5"), "quantize ('int5') is unknown"),
         (("--prompt", "x", "--top-p", "2"), "top_p (2.0) must be from 0 to 1"),
     ],
 )

@@ -40,7 +40,6 @@ def test_a_preset_changed_and_written_quantised(tmp_path: Path) -> None:
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     train(["some words to learn from"] * 9, 330).save(tmp_path / "tokenizer")
-    with_tokenizer = ("--vocab_size", 64, "--tokenizer", tmp_path / "tokenizer")
     before = sorted(tmp_path.iterdir())
     for words, said in (
         (("tinny", tmp_path / "a"), "neither a preset (did you mean tiny?)"),

@@ -46,7 +46,10 @@ def load(
     ``dtype`` None keeps every parameter as stored, FP8 becoming BF16; the experts' selection bias is FP32
     whatever is asked. ``quantize="fp8"`` keeps the matrices of the layers in FP8 with their block scales
     (:mod:`dsv3.quant.frozen`; half of BF16's memory, no gradient) and quantises those that are not stored so;
-    ``dtype`` is for the rest.
+    ``dtype`` is for the rest. ``quantize="int8"`` and ``"int4"`` quantise while reading
+    (:mod:`dsv3.quant.packed`; to run, without any gradient), ``dtype`` is then that of the activations, None
+    FP32. A folder that ``dsv3 convert`` wrote in INT8 or INT4 is not read but mapped: its tensors come from
+    the disk when they are looked at, and its files must stay as they are meanwhile.
 
     The files decide how many MTP modules the model has: where ``config.json`` says otherwise, a warning does
     too. MTP layers may repeat embedding and head; copies that differ are dropped with a warning, since MTP
@@ -55,17 +58,8 @@ def load(
     Raises :class:`UserError` naming missing, unexpected or misshapen tensors, before any is read.
     """
     folder, kind, device = Path(folder), _dtype(dtype), _device(device)
-    if quantize not in (None, "fp8", *integers.FORMATS):
-        raise UserError(
-            f"quantize ({quantize!r}) is unknown; use fp8, int8, int4, or None for the files' own"
-        )
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the local folder of a Hugging Face checkpoint")
-    config, stored = read_config(folder), stored_integers(folder)
-    if stored and quantize not in (None, f"int{stored.bits}"):
-        raise UserError(
-            f"{folder} is int{stored.bits}, quantize ({quantize!r}) needs what that lost; load the original"
-        )
+    stored = check_quantize(folder, quantize)
+    config = read_config(folder)
     with Weights(folder) as weights:
         model = bare_model(config, weights, stored)
         warn_of_repeats(weights, model.config)
@@ -81,6 +75,23 @@ def load(
     if stored or quantize in integers.FORMATS:
         model.model.embed_tokens.compute_dtype = kind or torch.float32
     return model
+
+
+def check_quantize(folder: str | Path, quantize: str | None) -> Integers | None:
+    """Refuse what a folder cannot be loaded as; the format of one that holds a packed model, else None."""
+    if quantize not in (None, "fp8", *integers.FORMATS):
+        raise UserError(
+            f"quantize ({quantize!r}) is unknown; use fp8, int8, int4, or None for the files' own"
+        )
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the local folder of a Hugging Face checkpoint")
+    stored = stored_integers(folder)
+    if stored and quantize not in (None, f"int{stored.bits}"):
+        raise UserError(
+            f"{folder} is int{stored.bits}, quantize ({quantize!r}) needs what that lost; load the original"
+        )
+    return stored
 
 
 def warn_of_repeats(weights: Weights, config: ModelConfig) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dsv3.cli.generate import DRAFTS, open_llm
+from dsv3.cli.generate import DRAFTS, QUANTIZE, open_llm
 
 if TYPE_CHECKING:
     from dsv3.serve.llm import LLM
@@ -26,12 +26,13 @@ def chat(
     top_p: float = typer.Option(0.95, "--top-p", help="share of the probability to draw from; 1: all"),
     seed: int = typer.Option(None, "--seed", min=0, help="of the sampling; not given: new ones"),
     draft_tokens: int = typer.Option(None, "--draft-tokens", min=0, max=8, help=DRAFTS),
+    quantize: str = typer.Option(None, "--quantize", help=QUANTIZE),
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, /new a conversation, Ctrl-D or /exit the program."""
     from dsv3.serve.params import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    llm = open_llm(folder, draft_tokens)
+    llm = open_llm(folder, draft_tokens, quantize)
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     while True:

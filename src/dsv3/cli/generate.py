@@ -15,13 +15,16 @@ app = typer.Typer()
 DRAFTS = "tokens the MTP module proposes a step; not given: 1 if the model has one, else 0"
 
 
-def open_llm(folder: Path, draft_tokens: int | None) -> LLM:
+QUANTIZE = "keep the weights as fp8, int8 or int4; not given: as stored"
+
+
+def open_llm(folder: Path, draft_tokens: int | None, quantize: str | None = None) -> LLM:
     """The model of a folder with its tokenizer, ready to generate."""
     from dsv3.checkpoint.hf import load
     from dsv3.data.tokenizer import Tokenizer
     from dsv3.serve.llm import LLM
 
-    model, tokenizer = load(folder), Tokenizer.load(folder)
+    tokenizer, model = Tokenizer.load(folder), load(folder, quantize=quantize)
     drafts = min(1, len(model.mtp_modules)) if draft_tokens is None else draft_tokens
     return LLM(model, tokenizer=tokenizer, draft_tokens=drafts)
 
@@ -44,6 +47,7 @@ def generate(
     seed: int = typer.Option(0, "--seed", min=0, help="of the sampling"),
     stop: list[str] = typer.Option([], "--stop", help="text that ends the answer; may be given again"),
     draft_tokens: int = typer.Option(None, "--draft-tokens", min=0, max=8, help=DRAFTS),
+    quantize: str = typer.Option(None, "--quantize", help=QUANTIZE),
 ) -> None:
     """Print what a model writes after a prompt (or between --prompt and --suffix)."""
     from dsv3.common.errors import UserError
@@ -62,8 +66,10 @@ def generate(
         from dsv3.serve.batch import generate_file, read_requests
 
         read_requests(source, params)  # a bad line is refused before the model is loaded
-        count = generate_file(open_llm(folder, draft_tokens), source, target, params, str(folder.resolve()))
+        llm = open_llm(folder, draft_tokens, quantize)
+        model = str(folder.resolve()) + (f" {quantize}" if quantize else "")
+        count = generate_file(llm, source, target, params, model)
         typer.echo(f"{count} answers in {target}")
         return
-    llm = open_llm(folder, draft_tokens)
+    llm = open_llm(folder, draft_tokens, quantize)
     typer.echo(llm.generate([llm.encode(prompt, suffix)], params)[0].text)

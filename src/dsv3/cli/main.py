@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from dsv3.cli import bench, chat, convert, data, generate, init, plan, pretrain, serve, tokenizer
+from dsv3.cli import bench, chat, convert, data, evaluate, generate, init, plan, pretrain, serve, tokenizer
 from dsv3.common.errors import UserError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(pretrain.app)
 app.add_typer(generate.app)
 app.add_typer(chat.app)
 app.add_typer(serve.app)
+app.add_typer(evaluate.app)
 app.add_typer(convert.app)
 app.add_typer(init.app)
 app.add_typer(plan.app, name="plan")

@@ -1,6 +1,6 @@
 """Bits per byte and MTP acceptance on held-out text (report 2.2 for the latter).
 
-Shapes: B batch, T time.
+Shapes: B batch, T time, N flattened tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.model import DeepSeekV3
-from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
+from dsv3.ops.cross_entropy import CHUNK_ELEMENTS, IGNORE
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def evaluate(
         states, _ = model.hidden_states(rows[:, :length])
         target = rows[:, 1 : length + 1]
         flat = states[0].flatten(0, 1)
-        nats += float(linear_cross_entropy(flat, model.lm_head.weight, target.reshape(-1)))
+        nats += _nats(model, flat, target.reshape(-1))
         tokens += target.numel()
         size += int(byte_lengths[target.cpu()].sum())
         if len(states) > 1:
@@ -60,6 +61,15 @@ def evaluate(
                 drafted[depth - 1] += own.numel()
     acceptance = [a / max(1, d) for a, d in zip(agreed, drafted)]
     return HeldOut(nats / max(1, tokens), nats / math.log(2) / max(1, size), acceptance)
+
+
+def _nats(model: DeepSeekV3, state_ND: Tensor, labels_N: Tensor) -> float:
+    """Sum of the negative log-likelihoods, by chunks, through the head itself: its matrix may be packed."""
+    step = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+    return sum(
+        float(F.cross_entropy(model.lm_head(state).float(), labels, ignore_index=IGNORE, reduction="sum"))
+        for state, labels in zip(state_ND.split(step), labels_N.split(step))
+    )
 
 
 def _argmax(model: DeepSeekV3, state_BTD: Tensor) -> Tensor:
@@ -91,5 +101,5 @@ def total_loss(model: DeepSeekV3, ids: Sequence[int], length: int) -> float:
         for index in range(windows):
             piece = padded[index * length : (index + 1) * length + 1]
             states, _ = model.hidden_states(piece[None, :-1].clamp_min(0), mtp=False)
-            nats += float(linear_cross_entropy(states[0][0], model.lm_head.weight, piece[1:]))
+            nats += _nats(model, states[0][0], piece[1:])
     return nats

@@ -21,13 +21,13 @@ from dsv3.model import DeepSeekV3
 from dsv3.model.linear import Experts, GroupedLinear, Linear
 from dsv3.ops import packed
 from dsv3.ops.integers import GROUPS, Int4, Int8, quantise_int4, quantise_int8
-from dsv3.ops.packed import Weight
 from dsv3.quant.swap import FixedDtypes, swap
 
 WEIGHT, SCALE, LEAST = "weight", "weight_scale", "weight_least"  # the buffers' and the files' names
 # INT8 in an INT4 model. The head: in INT4 it alone loses more than everything else does (docs/log.md).
 # kv_b_proj: absorbed, it is summed over its outputs too, and a scale an output suits both ways.
 FINER = ("lm_head", "kv_b_proj")
+Kept = Tensor | Int8 | Int4  # of what ops.packed multiplies; FP8 is quant.frozen's
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Integers:
         return quantise_int4(w, self.group)
 
 
-def parts(weight: Weight) -> dict[str, Tensor]:
+def parts(weight: Kept) -> dict[str, Tensor]:
     """The tensors of a weight, by the names of buffers and files."""
     if isinstance(weight, Int8):
         return {WEIGHT: weight.values, SCALE: weight.scales}
@@ -59,7 +59,7 @@ def parts(weight: Weight) -> dict[str, Tensor]:
     return {WEIGHT: weight}
 
 
-def one(weight: Weight, expert: int) -> Weight:
+def one(weight: Kept, expert: int) -> Kept:
     """An expert's weight of a stack."""
     if isinstance(weight, Int8):
         return Int8(weight.values[expert], weight.scales[expert])
@@ -75,7 +75,7 @@ class _Packed(FixedDtypes):
     weight_scale: Tensor
     weight_least: Tensor
 
-    def __init__(self, weight: Weight):
+    def __init__(self, weight: Kept):
         nn.Module.__init__(self)
         self.kind = type(weight)
         self.group, self.inputs = (weight.group, weight.inputs) if isinstance(weight, Int4) else (0, 0)
@@ -83,7 +83,7 @@ class _Packed(FixedDtypes):
             self.register_buffer(name, tensor.detach())
 
     @property
-    def packed(self) -> Weight:
+    def packed(self) -> Kept:
         """The weight, ``[O, I]`` or ``[E, O, I]``; its tensors are the buffers themselves."""
         weight = cast(Tensor, self.weight)
         if self.kind is Int8:
@@ -117,12 +117,12 @@ class PackedExperts(Experts):
     up_proj: PackedGroupedLinear
     down_proj: PackedGroupedLinear
 
-    def __init__(self, gate: Weight, up: Weight, down: Weight):
+    def __init__(self, gate: Kept, up: Kept, down: Kept):
         nn.Module.__init__(self)
         self.gate_proj, self.up_proj, self.down_proj = map(PackedGroupedLinear, (gate, up, down))
 
     @property
-    def packed(self) -> tuple[Weight, Weight, Weight]:
+    def packed(self) -> tuple[Kept, Kept, Kept]:
         """gate and up ``[E, F, D]``, down ``[E, D, F]``."""
         return self.gate_proj.packed, self.up_proj.packed, self.down_proj.packed
 
@@ -149,7 +149,7 @@ def pack(model: DeepSeekV3, integers: Integers | None = None) -> None:
         if type(module) not in (Linear, GroupedLinear):
             raise UserError(f"{path} is a {type(module).__name__}: only a plain model can be packed")
 
-    def made(path: str, w: Tensor) -> Weight:
+    def made(path: str, w: Tensor) -> Kept:
         return w if integers is None else integers.quantise(path, w)
 
     for path, module in list(model.named_modules()):
