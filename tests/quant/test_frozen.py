@@ -33,18 +33,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 IDS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("band", [frozen.BAND, 1])
+def not_compiled(monkeypatch: pytest.MonkeyPatch, band: int = frozen.BAND) -> None:
+    monkeypatch.setattr(frozen.decode, "usable", lambda x: False)
+    monkeypatch.setattr(frozen, "BAND", band)
+
+
+@pytest.mark.parametrize("band", [None, frozen.BAND, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_those_of_the_dequantised_model(
-    folder: Path, dtype: torch.dtype, band: int, monkeypatch: pytest.MonkeyPatch
+    folder: Path, dtype: torch.dtype, band: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen, "BAND", band)
+    if band is not None:
+        not_compiled(monkeypatch, band)
     kept, dense = load(folder, dtype=dtype, quantize="fp8"), load(folder, dtype=dtype)
     with torch.no_grad():
         ours, theirs = kept(IDS), dense(IDS)
     assert ours.logits_BTV.dtype == dtype and ours.logits_BTV.std() > 0.5
     for one, other in zip([ours.logits_BTV, *ours.mtp_logits], [theirs.logits_BTV, *theirs.mtp_logits]):
-        torch.testing.assert_close(one, other, atol=2e-6 if dtype is torch.float32 else 0.05, rtol=0)
+        torch.testing.assert_close(one, other, atol=2e-5 if dtype is torch.float32 else 0.05, rtol=0)
 
 
 def test_generates_the_same(folder: Path) -> None:
@@ -80,6 +86,7 @@ def test_casts_leave_the_numbers_alone(folder: Path) -> None:
 
 
 def test_one_matrix_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    not_compiled(monkeypatch)
     experts = load(folder, dtype="float32", quantize="fp8").model.layers[1].mlp.experts
     seen: list[tuple[int, ...]] = []
     original = frozen.dequantise

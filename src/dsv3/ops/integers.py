@@ -73,7 +73,7 @@ def quantise_int8(w: Tensor) -> Int8:
 
 
 def quantise_int4(w: Tensor, group: int = 128) -> Int4:
-    """Round a weight ``[..., N, K]`` to INT4, a scale and a least value a group. Not finite: the group is NaN.
+    """Round a weight ``[..., N, K]`` to INT4, a scale and a least value a group; NaN where one is not finite.
 
     Raises :class:`UserError` for a group other than 32, 64 or 128.
     """

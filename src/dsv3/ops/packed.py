@@ -1,8 +1,8 @@
-"""Products with weights as they are kept for serving: dense FP32 or BF16, INT8, or INT4 (floor 1).
+"""Products with weights as they are kept for serving: dense FP32 or BF16, FP8, INT8 or INT4 (floor 1).
 
 Nothing is dequantised beforehand: a step of decoding reads every weight once, so what it costs is the bytes.
-Where there is a compiler, ``native/decode.cpp`` does the work; each of its sums has one order, so that a row's
-result does not depend on how many rows there are.
+Where there is a compiler, ``native/decode.cpp`` does the work; each of its sums has one order, so that a
+row's result does not depend on how many rows there are.
 
 Shapes: N outputs, K inputs, E experts, M rows sorted by expert, D hidden, F expert hidden.
 """
@@ -13,23 +13,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.ops.blocks import Quantised, dequantise
 from dsv3.ops.integers import Int4, Int8
 from dsv3.ops.native import decode
 
-Weight = Tensor | Int8 | Int4
+Weight = Tensor | Int8 | Int4  # a packed model's
+AnyWeight = Weight | Quantised  # FP8, as released files have it
 
 
-def dense(w: Weight) -> Tensor:
+def dense(w: AnyWeight) -> Tensor:
     """FP32 ``[..., N, K]``."""
+    if isinstance(w, Quantised):
+        return dequantise(w)
     return w.float() if isinstance(w, Tensor) else w.dequantise()
 
 
-def linear_reference(x: Tensor, w: Weight) -> Tensor:
+def linear_reference(x: Tensor, w: AnyWeight) -> Tensor:
     """``x W^T``: ``[..., K] -> [..., N]`` in x's dtype; the specification."""
     return F.linear(x.float(), dense(w)).to(x.dtype)
 
 
-def experts_reference(x_MD: Tensor, counts_E: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+def experts_reference(
+    x_MD: Tensor, counts_E: Tensor, gate: AnyWeight, up: AnyWeight, down: AnyWeight
+) -> Tensor:
     """Each expert's SwiGLU of its rows: ``[M, D] -> [M, D]`` in x's dtype; the specification.
 
     ``gate`` and ``up`` are ``[E, F, D]``, ``down`` is ``[E, D, F]``.
@@ -42,14 +48,14 @@ def experts_reference(x_MD: Tensor, counts_E: Tensor, gate: Weight, up: Weight, 
     return torch.cat(pieces).to(x_MD.dtype)
 
 
-def linear(x: Tensor, w: Weight) -> Tensor:
+def linear(x: Tensor, w: AnyWeight) -> Tensor:
     """``x W^T``: ``[..., K] -> [..., N]`` in x's dtype, sums in FP32."""
     if decode.usable(x) and decode.packs(w):
         return decode.linear(x, w).to(x.dtype)
     return linear_reference(x, w)
 
 
-def experts(x_MD: Tensor, counts_E: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+def experts(x_MD: Tensor, counts_E: Tensor, gate: AnyWeight, up: AnyWeight, down: AnyWeight) -> Tensor:
     """Each expert's SwiGLU of its rows (see :func:`experts_reference`)."""
     if decode.usable(x_MD) and all(map(decode.packs, (gate, up, down))):
         return decode.experts(x_MD, counts_E, gate, up, down).to(x_MD.dtype)

@@ -10,6 +10,7 @@ i = ceil(I / 128).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import Experts, GroupedLinear, Linear
+from dsv3.ops import packed
 from dsv3.ops.blocks import BLOCK, Quantised, dequantise
 from dsv3.ops.formats import E4M3
+from dsv3.ops.native import decode
 from dsv3.quant.swap import FixedDtypes, swap
 
 NUMBERS, SCALES = "weight", "weight_scale_inv"  # the files' names
@@ -30,6 +33,12 @@ class _Frozen(FixedDtypes):
 
     weight_scale_inv: Tensor
 
+    @property
+    def packed(self) -> Quantised:
+        """The weight, ``[..., O, I]``; its tensors are the buffers themselves."""
+        numbers = cast(Tensor, self.weight)
+        return Quantised(numbers, self.weight_scale_inv, numbers.shape, BLOCK, E4M3)
+
     def _hold(self, shape: torch.Size) -> None:
         nn.Module.__init__(self)
         blocks = (-(-shape[-2] // BLOCK.rows), -(-shape[-1] // BLOCK.columns))
@@ -38,7 +47,9 @@ class _Frozen(FixedDtypes):
 
 
 def _product(x: Tensor, numbers_OI: Tensor, scales_oi: Tensor) -> Tensor:
-    """``x W^T`` in x's dtype, some rows of W at a time."""
+    """``x W^T`` in x's dtype; without a compiled product, some rows of W are dense at a time."""
+    if x.dtype == torch.float32 and decode.usable(x):
+        return packed.linear(x, Quantised(numbers_OI, scales_oi, numbers_OI.shape, BLOCK, E4M3))
     blocks = max(1, BAND // (BLOCK.rows * numbers_OI.shape[1]))
     pieces = []
     for first in range(0, len(scales_oi), blocks):
@@ -91,6 +102,9 @@ class FrozenExperts(Experts):
 
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert: ``[M, D] -> [M, D]``."""
+        if x_MD.dtype == torch.float32 and decode.usable(x_MD):
+            stacks = (self.gate_proj.packed, self.up_proj.packed, self.down_proj.packed)
+            return packed.experts(x_MD, counts_E, *stacks)
         pieces = []
         for expert, x in enumerate(x_MD.split(counts_E.tolist())):
             if len(x):

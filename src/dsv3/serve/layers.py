@@ -22,7 +22,8 @@ from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import GroupedLinear, Linear, RMSNorm
 from dsv3.model.moe import LocalDispatcher, MoE
 from dsv3.ops.native import decode
-from dsv3.ops.packed import Weight
+from dsv3.ops.packed import AnyWeight
+from dsv3.quant.frozen import FrozenGroupedLinear, FrozenLinear
 from dsv3.quant.packed import PackedGroupedLinear, PackedLinear
 from dsv3.serve.attention import Span, absorbs, arrange
 from dsv3.serve.cache import LatentCache
@@ -109,7 +110,7 @@ class _Compiled:
 
     def _add(self, layer: DecoderLayer, rows: Tensor) -> bool:
         attention, mlp = layer.self_attn, layer.mlp
-        weights: dict[str, Weight | None] = {
+        weights: dict[str, AnyWeight | None] = {
             "kv_a": _weight(attention.kv_a_proj_with_mqa),
             "kv_b": _weight(attention.kv_b_proj),
             "o": _weight(attention.o_proj),
@@ -169,8 +170,8 @@ class _Compiled:
         return x_ND
 
 
-def _weight(module: Linear | GroupedLinear) -> Weight | None:
+def _weight(module: Linear | GroupedLinear) -> AnyWeight | None:
     """A matrix as it is kept; None for one in a format that has no compiled product."""
-    if isinstance(module, PackedLinear | PackedGroupedLinear):
+    if isinstance(module, PackedLinear | PackedGroupedLinear | FrozenLinear | FrozenGroupedLinear):
         return module.packed
     return module.weight.detach() if type(module) in (Linear, GroupedLinear) else None

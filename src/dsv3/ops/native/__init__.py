@@ -1,9 +1,9 @@
 """Kernels for the CPU in C++, compiled once where a compiler is there; else plain PyTorch does the work.
 
-A ``.cpp`` here needs no header but the language's own and its neighbours: it is compiled in a few seconds with
-``g++`` (or what ``CXX`` names), kept in the user's cache under the hash of its text and flags, and called by
-ctypes with pointers. It shares torch's OpenMP threads, since torch's library of that name is loaded already.
-``DSV3_NATIVE=0`` turns all off.
+A ``.cpp`` here needs no header but the language's own and its neighbours: it is compiled in a few seconds
+with ``g++`` (or what ``CXX`` names), kept in the user's cache under the hash of its text and flags, and
+called by ctypes with pointers. It shares torch's OpenMP threads, since torch's library of that name is loaded
+already. ``DSV3_NATIVE=0`` turns all off.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ void attend(const Shape& s, const Layer& layer, const Batch& batch, int64_t toke
         } else {
             for (int64_t i = 0; i < n; ++i) read_row(s, layer.cache + slot[i] * bytes, t.keys.data() + i * stride);
         }
-        const Matrix rows{(const uint8_t*)keys, nullptr, nullptr, n, stride, 0, FP32};
+        const Matrix rows{(const uint8_t*)keys, nullptr, nullptr, n, stride, 0, FP32, 0};
         product(rows, 0, n, queries, heads, t.scores.data(), KEYS);
         for (int64_t h = 0; h < heads; ++h) {
             float* score = t.scores.data() + h * KEYS;

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops import native
+from dsv3.ops.blocks import BLOCK, Quantised
+from dsv3.ops.formats import E4M3
 from dsv3.ops.integers import SPAN, Int4, Int8
 
-FP32, BF16, INT8, INT4 = range(4)  # the kinds of packed.h
+Weight = Tensor | Int8 | Int4 | Quantised
+FP32, BF16, INT8, INT4, FP8 = range(5)  # the kinds of packed.h
 DENSE = {torch.float32: FP32, torch.bfloat16: BF16}
 
 _pointer, _long, _number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -28,12 +31,13 @@ class Matrix(ctypes.Structure):
 
     _fields_ = (
         ("values", _pointer), ("scales", _pointer), ("leasts", _pointer),
-        ("outputs", _long), ("inputs", _long), ("group", _long), ("kind", _long),
+        ("outputs", _long), ("inputs", _long), ("group", _long), ("kind", _long), ("skipped", _long),
     )  # fmt: skip
 
 
 _MATRICES = (
-    "q_a", "q", "kv_a", "kv_b", "o", "gate", "up", "down", "shared_gate", "shared_up", "shared_down", "router",
+    "q_a", "q", "kv_a", "kv_b", "o",
+    "gate", "up", "down", "shared_gate", "shared_up", "shared_down", "router",
 )  # fmt: skip
 _NUMBERS = ("input_norm", "q_norm", "kv_norm", "post_norm", "bias", "cache")
 
@@ -47,7 +51,8 @@ class Layer(ctypes.Structure):
 
 
 _SIZES = (
-    "hidden", "heads", "nope", "rope", "value", "latent", "chosen", "groups", "kept", "normalise", "cache_kind",
+    "hidden", "heads", "nope", "rope", "value", "latent",
+    "chosen", "groups", "kept", "normalise", "cache_kind",
 )  # fmt: skip
 
 
@@ -55,7 +60,8 @@ class Shape(ctypes.Structure):
     """What all layers of a model share."""
 
     _fields_ = (
-        *((name, _long) for name in _SIZES), *((name, _number) for name in ("eps", "scale", "routing_factor")),
+        *((name, _long) for name in _SIZES),
+        *((name, _number) for name in ("eps", "scale", "routing_factor")),
     )  # fmt: skip
 
 
@@ -84,28 +90,30 @@ def _library() -> ctypes.CDLL:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the compiled functions take this tensor of activations."""
-    return native.usable(x, "decode")
+    """Whether the compiled functions take these activations: no gradient can pass through them."""
+    return not (torch.is_grad_enabled() and x.requires_grad) and native.usable(x, "decode")
 
 
 def packs(w: Any) -> bool:
-    """Whether there is a compiled product with this weight: dense FP32 or BF16, INT8 or INT4, on a CPU."""
+    """Whether there is a compiled product with this weight: dense FP32 or BF16, FP8, INT8, INT4, on a CPU."""
+    if isinstance(w, Quantised):
+        return w.tile == BLOCK and w.kind == E4M3 and w.counts_E is None and w.values.device.type == "cpu"
     if isinstance(w, Tensor):
         return w.dtype in DENSE and w.device.type == "cpu" and w.is_contiguous()
     return isinstance(w, Int8 | Int4) and w.values.device.type == "cpu"
 
 
-def matrix(w: Tensor | Int8 | Int4) -> Matrix:
+def matrix(w: Weight) -> Matrix:
     """A weight (or a stack, ``[E, N, K]``) as the compiled code sees it. The weight must outlive it."""
     if isinstance(w, Tensor):
         return Matrix(w.data_ptr(), None, None, w.shape[-2], w.shape[-1], 0, DENSE[w.dtype])
-    parts = (w.values, w.scales) if isinstance(w, Int8) else (w.values, w.scales, w.leasts)
+    parts = [w.values, w.scales, *((w.leasts,) if isinstance(w, Int4) else ())]
     assert all(part.is_contiguous() for part in parts)
-    if isinstance(w, Int8):
-        outputs, inputs = w.values.shape[-2:]
-        return Matrix(w.values.data_ptr(), w.scales.data_ptr(), None, outputs, inputs, 0, INT8)
-    pointers = (part.data_ptr() for part in parts)
-    return Matrix(*pointers, w.values.shape[-2], w.inputs, w.group, INT4)
+    pointers = [part.data_ptr() for part in parts]
+    outputs, inputs = w.values.shape[-2:]
+    if isinstance(w, Int4):
+        return Matrix(*pointers, outputs, w.inputs, w.group, INT4)
+    return Matrix(*pointers, None, outputs, inputs, 0, INT8 if isinstance(w, Int8) else FP8)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -115,9 +123,9 @@ def _rows(x: Tensor) -> Tensor:
     return (F.pad(x, (0, missing)) if missing else x).contiguous()
 
 
-def linear(x: Tensor, w: Tensor | Int8 | Int4) -> Tensor:
+def linear(x: Tensor, w: Weight) -> Tensor:
     """``x W^T``, FP32: ``[..., K] -> [..., N]``."""
-    rows = _rows(x.flatten(0, -2))
+    rows = _rows(x.reshape(-1, x.shape[-1]))
     m = matrix(w)
     out = torch.empty(len(rows), m.outputs)
     _library().dsv3_linear(
@@ -129,9 +137,9 @@ def linear(x: Tensor, w: Tensor | Int8 | Int4) -> Tensor:
 def experts(
     x_MD: Tensor,
     counts_E: Tensor,
-    gate: Tensor | Int8 | Int4,
-    up: Tensor | Int8 | Int4,
-    down: Tensor | Int8 | Int4,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
 ) -> Tensor:
     """Each expert's SwiGLU of its rows, FP32 ``[M, D]``."""
     rows, counts = _rows(x_MD), counts_E.to("cpu", torch.int64).contiguous()

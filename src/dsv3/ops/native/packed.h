@@ -1,4 +1,5 @@
-// Products with weights as they are kept: FP32, BF16, INT8 a channel, INT4 a group (ops/integers.py).
+// Products with weights as they are kept: FP32, BF16, INT8 a channel and INT4 a group (ops/integers.py), FP8 in
+// blocks of 128 x 128 (ops/blocks.py).
 //
 // Every sum over the inputs has one order, whatever is computed beside it: a token's numbers do not depend on
 // how many tokens share the pass, nor on the number of threads.
@@ -52,39 +53,69 @@ inline v16 exp(v16 x) {
 
 inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 
-enum Kind : int64_t { FP32, BF16, INT8, INT4 };
-constexpr int BITS[] = {32, 16, 8, 4};
+enum Kind : int64_t { FP32, BF16, INT8, INT4, FP8 };
+constexpr int BITS[] = {32, 16, 8, 4, 8};
+constexpr int64_t BLOCK = 128;
 
 // [outputs, inputs], or a stack of such (experts). Laid out as ops/integers.py says; the same in Python's ctypes.
 struct Matrix {
     const uint8_t* values;
     const float *scales, *leasts;
     int64_t outputs, inputs, group, kind;
+    int64_t skipped;  // outputs before the first, in their first block (FP8)
 
     int64_t row_bytes() const {
         return kind == INT4 ? padded(inputs) / 2 : inputs * BITS[kind] / 8;
     }
+    // Scales of a row (of FP8: of a row of blocks).
     int64_t row_scales() const {
-        return kind == INT8 ? 1 : kind == INT4 ? (inputs + group - 1) / group : 0;
+        if (kind == INT4) return (inputs + group - 1) / group;
+        return kind == FP8 ? (inputs + BLOCK - 1) / BLOCK : kind == INT8;
     }
     // Matrix e of a stack; or, with first, what begins at one of its outputs.
     Matrix at(int64_t e, int64_t first = 0) const {
         Matrix m = *this;
-        const int64_t row = e * outputs + first;
-        m.values += row * row_bytes();
+        m.values += (e * outputs + first) * row_bytes();
+        const int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
+        const int64_t row = kind == FP8 ? e * blocks + (skipped + first) / BLOCK : e * outputs + first;
         if (scales) m.scales += row * row_scales();
         if (leasts) m.leasts += row * row_scales();
+        m.skipped = (skipped + first) % BLOCK;
         return m;
     }
 };
 
-// What the 16 numbers of an INT4 group stand for.
-inline v16 levels(float scale, float least) {
-    constexpr v16 up = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return up * scale + least;
+// Inputs that have a scale together; INT8's is left for the sum.
+template <int kind> inline int64_t span(const Matrix& m) {
+    return kind == INT4 ? m.group : kind == FP8 ? BLOCK : m.inputs;
 }
 
-// 32 numbers of a row from input k on; n of them exist. INT8's scale is left for the sum.
+// What the numbers of a span stand for: INT4's sixteen, FP8's scale.
+template <int kind> inline v16 levels(const Matrix& m, int64_t row, int64_t span, int64_t row_scales) {
+    constexpr v16 up = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if constexpr (kind == INT4) {
+        const int64_t g = row * row_scales + span;
+        return up * m.scales[g] + m.leasts[g];
+    } else if constexpr (kind == FP8) {
+        return all(m.scales[(m.skipped + row) / BLOCK * row_scales + span]);
+    }
+    return v16{};
+}
+
+// E4M3: with its exponent and mantissa where FP32 has them, a number is 2^120 times too small.
+inline v16 e4m3(const uint8_t* p) {
+#ifdef __AVX512F__
+    const u16v codes = (u16v)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+    u16v codes;
+    for (int i = 0; i < 16; ++i) codes[i] = p[i];
+#endif
+    const u16v magnitude = codes & 0x7Fu, sign = (codes & 0x80u) << 24;
+    const v16 v = (v16)(magnitude << 20) * 0x1p120f;
+    return (v16)(magnitude == 0x7Fu ? u16v{} + 0x7FC00000u : (u16v)v | sign);
+}
+
+// 32 numbers of a row from input k on; n of them exist.
 template <int kind>
 inline void numbers(const Matrix& m, int64_t row, int64_t k, int64_t n, v16 level, v16& low, v16& high) {
     const uint8_t* p = m.values + row * m.row_bytes();
@@ -117,6 +148,9 @@ inline void numbers(const Matrix& m, int64_t row, int64_t k, int64_t n, v16 leve
         std::memcpy(&b, p + 32, 32);
         low = (v16)(__builtin_convertvector(a, u16v) << 16);
         high = (v16)(__builtin_convertvector(b, u16v) << 16);
+    } else if constexpr (kind == FP8) {
+        low = e4m3(p) * level;
+        high = e4m3(p + 16) * level;
     } else {
 #ifdef __AVX512F__
         low = (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
@@ -131,14 +165,11 @@ inline float factor(const Matrix& m, int64_t row) { return m.kind == INT8 ? m.sc
 
 // A row as FP32, filled up with zeros to a multiple of 32; without the factor.
 template <int kind> inline void decode(const Matrix& m, int64_t row, float* out) {
-    const int64_t groups = m.row_scales();
+    const int64_t scales = m.row_scales(), wide = span<kind>(m);
     v16 level{};
     for (int64_t k = 0; k < m.inputs; k += 32) {
         v16 low, high;
-        if (kind == INT4 && k % m.group == 0) {
-            const int64_t g = row * groups + k / m.group;
-            level = levels(m.scales[g], m.leasts[g]);
-        }
+        if (k % wide == 0) level = levels<kind>(m, row, k / wide, scales);
         numbers<kind>(m, row, k, m.inputs - k, level, low, high);
         if (kind == INT4 && m.inputs - k < 32) {  // what fills the last span up is no zero
             for (int i = int(m.inputs - k); i < 32; ++i) (i < 16 ? low[i] : high[i - 16]) = 0;
@@ -152,12 +183,10 @@ template <int kind> inline void decode(const Matrix& m, int64_t row, float* out)
 template <int kind, int O, int R>
 inline void tile(const Matrix& m, int64_t first, const float* const* x, float* y, int64_t y_stride) {
     v16 sums[O][R] = {}, level[O];
-    const int64_t span = kind == INT4 ? m.group : m.inputs, ahead = O * m.row_bytes(), groups = m.row_scales();
-    int64_t group = first * m.row_scales();
-    for (int64_t begin = 0; begin < m.inputs; begin += span, ++group) {
-        if (kind == INT4)
-            for (int o = 0; o < O; ++o) level[o] = levels(m.scales[group + o * groups], m.leasts[group + o * groups]);
-        const int64_t end = begin + span < m.inputs ? begin + span : m.inputs;
+    const int64_t wide = span<kind>(m), ahead = O * m.row_bytes(), scales = m.row_scales();
+    for (int64_t begin = 0, s = 0; begin < m.inputs; begin += wide, ++s) {
+        for (int o = 0; o < O; ++o) level[o] = levels<kind>(m, first + o, s, scales);
+        const int64_t end = begin + wide < m.inputs ? begin + wide : m.inputs;
         for (int64_t k = begin; k < end; k += 32) {
             v16 low[O], high[O];
             for (int o = 0; o < O; ++o) {
@@ -200,7 +229,7 @@ void product(const Matrix& m, int64_t first, int64_t last, const float* const* x
         for (int64_t o = first; o < last; o += 4) {
             const int64_t n = last - o < 4 ? last - o : 4;
             for (int64_t i = 0; i < n; ++i) decode<kind>(m, o + i, panel.data() + i * width);
-            const Matrix p{(const uint8_t*)panel.data(), nullptr, nullptr, n, width, 0, FP32};
+            const Matrix p{(const uint8_t*)panel.data(), nullptr, nullptr, n, width, 0, FP32, 0};
             product<FP32>(p, 0, n, x, rows, y + o, y_stride);
             if (kind == INT8)
                 for (int64_t r = 0; r < rows; ++r)
@@ -222,6 +251,7 @@ inline void product(const Matrix& m, int64_t first, int64_t last, const float* c
         case FP32: return product<FP32>(m, first, last, x, rows, y, y_stride);
         case BF16: return product<BF16>(m, first, last, x, rows, y, y_stride);
         case INT8: return product<INT8>(m, first, last, x, rows, y, y_stride);
+        case FP8: return product<FP8>(m, first, last, x, rows, y, y_stride);
         default: return product<INT4>(m, first, last, x, rows, y, y_stride);
     }
 }
@@ -231,6 +261,7 @@ inline void decode(const Matrix& m, int64_t row, float* out) {
         case FP32: return decode<FP32>(m, row, out);
         case BF16: return decode<BF16>(m, row, out);
         case INT8: return decode<INT8>(m, row, out);
+        case FP8: return decode<FP8>(m, row, out);
         default: return decode<INT4>(m, row, out);
     }
 }
