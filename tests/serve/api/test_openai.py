@@ -44,7 +44,9 @@ def test_a_stream_sums_to_the_answer(api: Api) -> None:
     whole = api.openai.chat.completions.create(**wish)
     texts, logprobs, reasons, usages = ["", ""], [[], []], [None, None], []
     stream = api.openai.chat.completions.create(**wish, stream=True, stream_options={"include_usage": True})
+    heads = set()
     for chunk in stream:
+        heads.add((chunk.id, chunk.created, chunk.object))
         if chunk.usage is not None:
             usages.append(chunk.usage)
             assert chunk.choices == []
@@ -58,6 +60,7 @@ def test_a_stream_sums_to_the_answer(api: Api) -> None:
         streamed, told = logprobs[choice.index], choice.logprobs.content
         assert [(a.token, a.bytes) for a in streamed] == [(b.token, b.bytes) for b in told]
         assert [a.logprob for a in streamed] == pytest.approx([b.logprob for b in told], abs=1e-4)
+    assert len(heads) == 1
     assert len(usages) == 1 and usages[0].completion_tokens == whole.usage.completion_tokens
 
 

@@ -56,7 +56,7 @@ def test_a_call_is_made_and_streamed(api: Api, choice: object) -> None:
     (call,) = whole.message.tool_calls
     assert whole.finish_reason == "tool_calls" and whole.message.content is None
     assert call.function.name in (["weather", "where"] if choice == "required" else ["where"])
-    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+    assert call.function.arguments in ('{"city": "Paris"}', '{"city": "Rome"}')
     with api.openai.chat.completions.stream(**wish, parallel_tool_calls=False) as stream:
         final = stream.get_final_completion().choices[0]
     (streamed,) = final.message.tool_calls

@@ -53,7 +53,7 @@ class Server:
     def head(self, job: Job, kind: str) -> dict[str, Any]:
         """The fields every answer and every chunk of it begins with."""
         return {
-            "id": job.id, "object": kind, "created": int(time.time()),
+            "id": job.id, "object": kind, "created": job.created,
             "model": self.settings.model_name, "system_fingerprint": self.fingerprint,
         }  # fmt: skip
 

@@ -104,7 +104,7 @@ def _named(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def install(app: FastAPI) -> None:
-    """Let every error leave the application in this shape."""
+    """Let every error leave the application in this shape; what nobody foresaw is :mod:`.logs`' to answer."""
 
     async def on_api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -130,11 +130,7 @@ def install(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
-    async def on_failure(request: Request, error: Exception) -> Response:
-        return internal(request.state.request_id).response()
-
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(UserError, on_user_error)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(Exception, on_failure)

@@ -22,6 +22,11 @@ from dsv3.data import special as s
 from dsv3.serve.api.markers import Markers
 from dsv3.serve.grammar import JSON_OPTIONS
 
+# Arguments as json.dumps writes them, and the template with it: a model that likes spaces cannot lose itself.
+_ON_A_LINE = {
+    **JSON_OPTIONS, "whitespace_flexible": False, "whitespace_pattern": None,
+    "item_separator": ", ", "key_separator": ": ",
+}  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 MOST_CALLS = 16  # in one answer, where a grammar makes the model call
 _HIDDEN = [string for string, _ in s.CONTROL if string not in s.SHOWN] + list(s.FIRST)
@@ -155,8 +160,8 @@ def grammar(
     ``many``: one call or more. ``instead``: a JSON schema the answer may follow rather than call.
     """
 
-    def document(schema: Mapping[str, Any]) -> str:
-        return "%json " + json.dumps({**schema, "x-guidance": JSON_OPTIONS})
+    def document(schema: Mapping[str, Any], options: Mapping[str, Any] = JSON_OPTIONS) -> str:
+        return "%json " + json.dumps({**schema, "x-guidance": options})
 
     more = f' ("\\n" call){{0,{MOST_CALLS - 1}}}' if many else ""
     lines = [
@@ -169,7 +174,9 @@ def grammar(
         function = tool["function"]
         begin = json.dumps(function["name"] + "\n```json\n")
         lines.append(f'body_{number}: {begin} arguments_{number} "\\n```"')
-        lines.append(f"arguments_{number}: {document(function.get('parameters') or {'type': 'object'})}")
+        lines.append(
+            f"arguments_{number}: {document(function.get('parameters') or {'type': 'object'}, _ON_A_LINE)}"
+        )
     if instead is not None:
         lines.append(f"answer: {document(instead)}")
     return "\n".join(lines) + "\n"

@@ -35,7 +35,7 @@ class Job:
     """
 
     def __init__(self, worker: Worker, job_id: str, answers: int):
-        self.id, self.answers = job_id, answers
+        self.id, self.answers, self.created = job_id, answers, int(time.time())
         self.engine_ids: list[str] = []
         self.unfinished: set[str] = set()
         self.outcome = "aborted"
