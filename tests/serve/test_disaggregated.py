@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 import dsv3
@@ -70,6 +73,14 @@ def until(seen: Callable[[], object]) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("it never came")
+
+
+def runs(number: int) -> bool:
+    """Whether there is such a process; one that has ended and was not asked how by its heir is none."""
+    try:
+        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_answers_are_those_of_one_process(front: Disaggregated, llm: dsv3.LLM) -> None:
@@ -196,3 +207,20 @@ def test_a_process_that_falls_silent_is_ended(front: Disaggregated, llm: dsv3.LL
     assert time.monotonic() - begun < 20
     front.timeout = 30
     assert front.generate([[5, 6, 7]], GREEDY)[0].token_ids == llm.generate([[5, 6, 7]], GREEDY)[0].token_ids
+
+
+def test_the_processes_end_with_their_front(folder: Path) -> None:
+    """Even when it is killed and can say nothing."""
+    program = """
+import sys, time
+from dsv3.serve.disaggregated import Disaggregated
+front = Disaggregated(sys.argv[1])
+print(*(front.state(role)["pid"] for role in ("prefill", "decode")), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(folder)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pids = [int(number) for number in process.stdout.readline().split()]
+        process.kill()
+    assert len(pids) == 2
+    until(lambda: not any(map(runs, pids)))
