@@ -111,6 +111,7 @@ def test_drafts_on_beside_off(folder: Path) -> None:
         (["--url", "http://127.0.0.1:9", "--seconds", "0.0001"], "--seconds"),
         (["--url", "http://127.0.0.1:9", "--text", "nowhere"], "--text"),
         (["--url", "http://127.0.0.1:9", "--soak", "1"], "--soak"),
+        (["--url", "http://127.0.0.1:9", "--plot", "nowhere/plot.png"], "--plot"),
         (["--url", "http://127.0.0.1:9", "--prompt-length", "99999999"], "--prompt-length"),
     ],
 )

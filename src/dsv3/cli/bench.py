@@ -187,6 +187,8 @@ def serve(
         raise UserError("give a model's folder, or --url of a server that runs: one of the two")
     if folder is not None and not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give the local folder of a Hugging Face checkpoint")
+    if plot is not None and not plot.parent.is_dir():
+        raise UserError(f"--plot ({plot}): there is no folder {plot.parent}")
     if soak is not None:
         from dsv3.bench.soak import bench as soak_bench
         from dsv3.bench.soak import report as soak_report
