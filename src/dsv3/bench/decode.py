@@ -30,7 +30,7 @@ FORMATS = ("bf16", "int8", "int4")
 TRANSFORMERS = ("transformers", "transformers:eager", "transformers:grouped_mm")
 PEERS = (*TRANSFORMERS, "llama.cpp")
 
-# 1.44B parameters, of which a token meets 0.31B: as much as a small machine holds three times.
+# 1.44B parameters, of which a token meets 0.34B; a machine of 16 GB holds it in every format.
 V3_1B: dict[str, Any] = dict(
     vocab_size=129280, hidden_size=1024, intermediate_size=2816, moe_intermediate_size=512,
     num_hidden_layers=12, num_nextn_predict_layers=0, first_k_dense_replace=1, n_routed_experts=64,
@@ -104,21 +104,23 @@ def bench(
     plan: Plan, formats: list[str], peers: list[str], rounds: int = 3, llama: Path | None = None
 ) -> dict[str, Any]:
     """Medians and ratios. ``llama``: llama.cpp's folder; None: where it is a peer, it is left out."""
-    longest, wanted = ModelConfig.from_pretrained(plan.model).max_position_embeddings, plan.prompt_tokens
+    model = plan.model.resolve()
+    longest, wanted = ModelConfig.from_pretrained(model).max_position_embeddings, plan.prompt_tokens
     if wanted + plan.tokens > longest:
         raise UserError(
             f"--prompt-tokens ({wanted}) and --tokens ({plan.tokens}) exceed the {longest} positions of"
             f" {plan.model}; lower one of them"
         )
-    sides, left_out = [Side("ours", kind, folder_of(plan.model, kind)) for kind in formats], []
+    theirs, left_out = [], []
     for peer in peers:
         if peer != "llama.cpp":
-            sides += [Side(peer, "bf16", plan.model)] if "bf16" in formats else []
+            theirs += [Side(peer, "bf16", model)] if "bf16" in formats else []
         elif llama is None:
             left_out.append("llama.cpp: say where it is with --llama-cpp or DSV3_LLAMA_CPP")
         else:
             program = llama_cpp.program(llama, llama_cpp.BENCH)
-            sides += [Side(peer, kind, llama_cpp.gguf(llama, plan.model, kind), program) for kind in formats]
+            theirs += [Side(peer, kind, llama_cpp.gguf(llama, model, kind), program) for kind in formats]
+    sides = [*(Side("ours", kind, folder_of(model, kind)) for kind in formats), *theirs]
     measured: dict[Side, list[dict[str, Any]]] = {side: [] for side in sides}
     bandwidths = []
     with Progress("bench decode", rounds * len(sides), "runs") as progress:
@@ -134,6 +136,10 @@ def bench(
             **machine(),
             "threads": plan.threads,
             "memory_read_bytes_per_second": median(bandwidths),
+        },
+        "settings": {
+            str(side): {key: value for key, value in runs[0].items() if key != "batches"}
+            for side, runs in measured.items()
         },
         "left_out": left_out,
     }
@@ -209,6 +215,9 @@ def report(result: dict[str, Any]) -> str:
         if "weight_bytes_per_token" in found:
             size, share = found["weight_bytes_per_token"] / 1e9, found["share_of_memory_read"]
             lines.append(f"  dsv3 {case}: {size:.2f} GB of weights a token, {share:.0%} of that speed")
+    for side, facts in result["settings"].items():
+        if not side.startswith("ours"):
+            lines.append(f"  {side}: {', '.join(f'{key} {value}' for key, value in facts.items())}")
     if result["ratios"]:
         lines.append("ratios (ours / theirs):")
         lines += [f"  {name:<44} {ratio:.2f}" for name, ratio in result["ratios"].items()]

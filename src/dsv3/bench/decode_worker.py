@@ -71,7 +71,7 @@ def transformers(job: dict[str, Any]) -> tuple[Answer, dict[str, Any]]:
     import logging
 
     logging.disable(logging.WARNING)
-    from transformers import DeepseekV3ForCausalLM, StoppingCriteria, StoppingCriteriaList
+    from transformers import DeepseekV3ForCausalLM, StoppingCriteria, StoppingCriteriaList, __version__
 
     class Clock(StoppingCriteria):
         """Called after every token."""
@@ -102,18 +102,23 @@ def transformers(job: dict[str, Any]) -> tuple[Answer, dict[str, Any]]:
         )
         return clock.times[0] - started, clock.times[-1] - clock.times[0]
 
-    return answer, {"experts": model.config._experts_implementation}
+    config = model.config
+    return answer, {
+        "version": __version__,
+        "experts": config._experts_implementation,
+        "attention": config._attn_implementation,
+    }
 
 
-def bandwidth(gibibytes: float = 1.0, times: int = 5) -> float:
-    """Bytes a second at which memory is read: the best of a few sums over an array."""
-    array = torch.ones(int(gibibytes * 2**28))
+def bandwidth(side: int = 2**14, times: int = 8) -> float:
+    """Bytes a second at which memory is read: the best of a few products of a 1 GiB matrix and a vector."""
+    matrix, vector = torch.ones(side, side), torch.ones(side)
     best = float("inf")
     for _ in range(times):
         started = time.perf_counter()
-        array.sum()
+        torch.mv(matrix, vector)
         best = min(best, time.perf_counter() - started)
-    return array.numel() * array.element_size() / best
+    return matrix.numel() * matrix.element_size() / best
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -56,19 +56,20 @@ def measure(
             "-npl", ",".join(map(str, (batches[0], *batches))), "--output-format", "jsonl",
         ]
     )  # fmt: skip
-    return {"batches": parse(text, batches)}
+    return parse(text, batches)
 
 
-def parse(text: str, batches: tuple[int, ...]) -> dict[str, dict[str, float]]:
-    """The last figures of every batch among the lines of its output."""
-    found = {}
+def parse(text: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    """The last figures of every batch among the lines of its output, and what it says of its settings."""
+    found, settings = {}, {}
     for line in text.splitlines():
         if line.startswith("{"):
             row = json.loads(line)
             found[str(row["pl"])] = {"prefill": row["speed_pp"], "decode": row["speed_tg"]}
+            settings = {name: row[name] for name in ("n_batch", "n_ubatch", "flash_attn") if name in row}
     if absent := [batch for batch in batches if str(batch) not in found]:
         raise Failure(f"{BENCH} gave no figures for batch {', '.join(map(str, absent))}")
-    return found
+    return {"batches": found, **settings}
 
 
 def _done(command: list[str]) -> str:
