@@ -304,6 +304,12 @@ def test_ends(unrehearsed: None) -> None:
     assert sequence.finish_reason == "length"
 
 
+def test_blanks_come_to_an_end(unrehearsed: None) -> None:
+    wish = SamplingParams(json_schema={"maxItems": 0, "type": "array"}, max_tokens=90)
+    (sequence,) = answers(engine_of(), [5], replace(wish, logit_bias=few_blanks(-50)))
+    assert sequence.finish_reason == "stop" and len(sequence.text.text) == 66
+
+
 def test_a_stop_text_still_ends_an_answer(unrehearsed: None) -> None:
     wish = SamplingParams(grammar='start: "abc"', stop="b")
     (sequence,) = answers(engine_of(), [5], wish)

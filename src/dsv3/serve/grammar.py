@@ -65,17 +65,18 @@ class Matcher:
         return self._inner.is_stopped()
 
     def fill(self, words_W: np.ndarray, guessed: Many[int]) -> None:
-        """A bit for each token that may follow ``guessed``; all of them where there is no such place.
+        """Set a bit for each token that may follow ``guessed``; all of them where none may.
 
         That is after drafts that do not fit (they are refused), after the end (what follows it is dropped)
         and where a limit was met (the token chosen does not fit, and the answer ends in an error).
+
+        ``words_W``: int32, zeros.
         """
-        inner = self._inner
-        taken = inner.try_consume_tokens(list(guessed))
+        taken = self._inner.try_consume_tokens(list(guessed))
         if taken == len(guessed):
-            inner.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
-        inner.rollback(taken)
-        if taken < len(guessed) or inner.is_error() or not words_W.any():
+            self._inner.unsafe_compute_mask_ptr(words_W.ctypes.data, words_W.nbytes)
+        self._inner.rollback(taken)
+        if not words_W.any():
             words_W.fill(-1)
 
 
