@@ -1,5 +1,6 @@
 """Programs run where they can do little harm: :class:`Sandbox`, and what it does not protect from."""
 
-from dsv3.evaluate.sandbox.run import Outcome, Sandbox, Unavailable, strongest
+from dsv3.evaluate.sandbox.run import MIB, Level, Outcome, Sandbox, Unavailable, strongest
+from dsv3.evaluate.sandbox.service import Service
 
-__all__ = ["Outcome", "Sandbox", "Unavailable", "strongest"]
+__all__ = ["MIB", "Level", "Outcome", "Sandbox", "Service", "Unavailable", "strongest"]
