@@ -14,7 +14,7 @@ from dsv3.model import DeepSeekV3
 from dsv3.model.linear import Experts, Linear
 from dsv3.ops.integers import Int4, Int8
 from dsv3.quant import frozen, packed
-from dsv3.quant.packed import Integers, matrices, pack
+from dsv3.quant.packed import Integers, PackedLinear, matrices, pack
 from tests.model.build import ids, tiny_model
 
 FORMS = {"dense": None, "int8": Integers(8), "int4": Integers(4), "int4 g32": Integers(4, 32)}
@@ -123,7 +123,7 @@ def test_refusals(plain: DeepSeekV3) -> None:
         bare = DeepSeekV3(plain.config)
     frozen.freeze(bare)
     with pytest.raises(UserError, match="is a FrozenLinear"):
-        pack(bare)
+        pack(bare, Integers(8))
     with pytest.raises(UserError, match=r"group \(48\) must be one of 32, 64, 128"):
         Integers(4, 48)
     with pytest.raises(UserError, match=r"bits \(5\)"):
@@ -143,3 +143,13 @@ def test_products_go_through_ops(plain: DeepSeekV3, monkeypatch: pytest.MonkeyPa
     assert not any(type(m) in (Linear, Experts) for m in model.modules())
     mtp = 5 + 3 + 1  # attention, shared, eh_proj
     assert seen.count("experts") == 2 and seen.count("linear") == count - mtp
+
+
+def test_what_was_swapped_stays_as_it_is(plain: DeepSeekV3) -> None:
+    with torch.device("meta"):
+        bare = DeepSeekV3(plain.config)
+    frozen.freeze(bare)
+    pack(bare)
+    kinds = {type(module).__name__ for _, module in matrices(bare)}
+    assert kinds == {"FrozenLinear", "FrozenGroupedLinear", "PackedLinear"}
+    assert isinstance(bare.lm_head, PackedLinear) and bare.lm_head.packed is bare.lm_head.weight

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from dsv3.model import DeepSeekV3
+from dsv3.model.linear import Linear
 from dsv3.ops.native import decode
-from dsv3.quant.packed import Integers, pack
+from dsv3.quant.packed import Integers, PackedLinear, pack
 from dsv3.serve.attention import Span, install
 from dsv3.serve.cache import LatentCache
-from dsv3.serve.layers import Layers
+from dsv3.serve.layers import Layers, keep_bf16
 from tests.model.build import tiny_model
 
 
@@ -114,3 +115,14 @@ def test_rows_of_the_cache_are_the_modules() -> None:
 def test_what_it_does_not_know_goes_through_the_modules() -> None:
     model = tiny_model().bfloat16()
     assert Layers(model, model.main_layers, 0, cache_of(model, "bfloat16")).compiled is None
+
+
+def test_bf16_weights_are_multiplied_as_they_are() -> None:
+    rounded = tiny_model().bfloat16()
+    exact = tiny_model().bfloat16().float()
+    keep_bf16(rounded)
+    keep_bf16(exact)
+    assert isinstance(rounded.lm_head, PackedLinear) and type(exact.lm_head) is Linear
+    assert rounded.lm_head.weight.dtype == torch.bfloat16
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(rounded(ids).logits_BTV, exact(ids).logits_BTV, rtol=1e-4, atol=1e-4)

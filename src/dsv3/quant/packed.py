@@ -143,20 +143,20 @@ def pack(model: DeepSeekV3, integers: Integers | None = None) -> None:
     """Put packed modules in the place of a model's matrices, quantised or (None) as they are.
 
     Matrix by matrix, so that little is there twice; on the meta device it makes the shapes. Parameters get no
-    gradient any more. Raises :class:`UserError` for a model whose matrices were swapped already.
+    gradient any more. Matrices that were swapped already stay, and to quantise them is refused.
     """
     for path, module in matrices(model):
-        if type(module) not in (Linear, GroupedLinear):
-            raise UserError(f"{path} is a {type(module).__name__}: only a plain model can be packed")
+        if integers is not None and type(module) not in (Linear, GroupedLinear):
+            raise UserError(f"{path} is a {type(module).__name__}: only a plain model can be quantised")
 
     def made(path: str, w: Tensor) -> Kept:
         return w if integers is None else integers.quantise(path, w)
 
     for path, module in list(model.named_modules()):
-        if isinstance(module, Experts):
+        if type(module) is Experts:
             gate, up, down = module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight
             swap(model, path, PackedExperts(*(made(path, w) for w in (gate, up, down))))
-        elif isinstance(module, Linear):
+        elif type(module) is Linear:
             swap(model, path, PackedLinear(made(path, module.weight)))
     embedding = model.model.embed_tokens
     if integers is not None:

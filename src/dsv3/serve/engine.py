@@ -24,6 +24,7 @@ from dsv3.serve.attention import install
 from dsv3.serve.blocks import BlockManager
 from dsv3.serve.cache import FORMATS, LatentCache, row_bytes
 from dsv3.serve.grammar import Grammars
+from dsv3.serve.layers import keep_bf16
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.runner import Runner, States
 from dsv3.serve.sampler import logprobs
@@ -132,6 +133,7 @@ class Engine:
 
     def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer | None = None, options: Options | None = None):
         self.model, self.tokenizer = model, tokenizer
+        keep_bf16(model)
         self.options = options = options or Options()
         config, drafts = model.config, options.draft_tokens
         if drafts and not model.mtp_modules:

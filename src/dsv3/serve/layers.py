@@ -21,15 +21,28 @@ from dsv3.model import DeepSeekV3
 from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import GroupedLinear, Linear, RMSNorm
 from dsv3.model.moe import LocalDispatcher, MoE
+from dsv3.ops import native
 from dsv3.ops.native import decode
 from dsv3.ops.packed import AnyWeight
 from dsv3.quant.frozen import FrozenGroupedLinear, FrozenLinear
-from dsv3.quant.packed import PackedGroupedLinear, PackedLinear
+from dsv3.quant.packed import PackedGroupedLinear, PackedLinear, pack
 from dsv3.serve.attention import Span, absorbs, arrange
 from dsv3.serve.cache import LatentCache
 
 Run = Callable[[Sequence[Span], Tensor], Tensor]
 CACHE_KINDS = {"float32": 0, "bfloat16": 1, "fp8": 2}  # as decode.cpp numbers them
+
+
+def keep_bf16(model: DeepSeekV3) -> None:
+    """On a CPU with compiled products: multiply BF16 weights as they are, with activations in FP32.
+
+    PyTorch's own BF16 products there take twice the time of FP32's at a batch of 1. The model's matrices are
+    swapped for good, and have no gradient afterwards.
+    """
+    embedding = model.model.embed_tokens
+    dtype = embedding.compute_dtype or embedding.weight.dtype
+    if dtype == torch.bfloat16 and native.usable(embedding.weight, "decode"):
+        pack(model)
 
 
 class Layers:
