@@ -130,6 +130,9 @@ def test_streams(front: Disaggregated, llm: dsv3.LLM) -> None:
     left.close()  # given up: the fixture sees that its blocks are free
     rest = [token for update in beside for token in update.token_ids]
     assert len(rest) < GREEDY.max_tokens
+    for number in range(8):
+        front._drop(front._ask([number, *LONG], GREEDY))
+    assert front.state("prefill")["requests"] == 0  # long before they could have been read
 
 
 def test_mistakes_are_refused_and_harm_nobody(front: Disaggregated) -> None:
