@@ -110,6 +110,16 @@ def test_stop_seed_and_bias(api: Api) -> None:
     assert ask(max_completion_tokens=3, max_tokens=9, logprobs=True).logprobs.content[3:] == []
 
 
+def test_next_to_nothing_is_the_likeliest_token(api: Api) -> None:
+    greedy = api.openai.completions.create(prompt=[5, 6], **GREEDY).choices[0].text
+    for wish in ({"temperature": 1e-300}, {"top_p": 5e-324}, {"top_p": 0}, {"temperature": 1e-4}):
+        answer = api.openai.completions.create(prompt=[5, 6], model="tiny", **wish)
+        assert answer.choices[0].text == greedy
+    for bad in (5e-324, 0, 11):
+        with pytest.raises(openai.UnprocessableEntityError, match="repetition_penalty"):
+            api.openai.completions.create(prompt=[5], extra_body={"repetition_penalty": bad}, model="tiny")
+
+
 def test_completions_of_texts_and_token_ids(api: Api, alone: LLM) -> None:
     tokenizer = alone.tokenizer
     texts = ["some", "words to"]

@@ -59,7 +59,7 @@ def test_whatever_comes_the_server_does_not_fail(api: Api, method: str, path: st
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "path"), ENDPOINTS[:2])
 def test_whatever_comes_at_length(api: Api, method: str, path: str) -> None:
-    try_out(api, method, path, 400)
+    try_out(api, method, path, 200)
 
 
 json_values = st.recursive(

@@ -27,6 +27,7 @@ from dsv3.serve.sequence import TokenLogprob
 
 log = logging.getLogger("dsv3.serve")
 T = TypeVar("T")
+LEAST_TEMPERATURE, LEAST_TOP_P = 1e-4, 1e-6
 KEEP_ALIVE = 10.0  # seconds without a token after which a stream says that it lives
 
 
@@ -82,6 +83,10 @@ class Server:
             )
             if getattr(body, name) is not None
         }  # fmt: skip
+        # Numbers that FP32 would take for 0 mean what they come close to: the likeliest token.
+        if given.get("temperature", 1) < LEAST_TEMPERATURE:
+            given["temperature"] = 0
+        given["top_p"] = max(given.get("top_p", 1), LEAST_TOP_P)
         return SamplingParams(
             max_tokens=max_tokens,
             top_k=max(0, body.top_k or 0),

@@ -38,10 +38,10 @@ class Sampling(Open):
     model: str | None = Field(None, max_length=256, description="the served model's name; may be left out")
     n: int | None = Field(None, ge=1, le=MOST_ANSWERS, strict=True, description="answers; 1 unless told")
     temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token; default 1")
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MOST_TOKENS, strict=True, description="0 or -1: all")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
