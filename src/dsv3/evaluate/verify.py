@@ -39,7 +39,7 @@ def squeezed(text: str) -> str:
     """Without TeX's dressing, outer spaces, a final full stop; runs of spaces as one."""
     text = text[:LONGEST].strip()
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 ", text)
-    text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[!]|\$", "", text)
+    text = re.sub(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\!|\\?\$", "", text)
     text = re.sub(r"\\[,;: ]|~", " ", text)
     text = re.sub(r"\\([%{}])", r"\1", text).replace("{,}", ",").replace("−", "-")
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
@@ -130,7 +130,7 @@ def equal(given: str, wanted: str) -> bool:
     if len(given) > LONGEST:
         return False
     given, wanted = squeezed(given), squeezed(wanted)
-    if given.casefold().replace(" ", "") == wanted.casefold().replace(" ", ""):
+    if _same_text(given, wanted):
         return bool(wanted)
     if "=" in given and "=" not in wanted:
         name, _, right = given.partition("=")
@@ -152,6 +152,12 @@ def equal(given: str, wanted: str) -> bool:
             left.remove(match)
         return True
     return all(equal(a, b) for a, b in zip(first, second))
+
+
+def _same_text(given: str, wanted: str) -> bool:
+    """Case and the spaces around signs do not count; those between words and digits do."""
+    one, other = (re.sub(r"\s*([^\w\s])\s*", r"\1", text.casefold()) for text in (given, wanted))
+    return one == other
 
 
 def _fence(text: str, parts: list[str]) -> str:

@@ -42,6 +42,7 @@ PACKAGES = (
     "bisect", "calendar", "difflib", "heapq", "statistics", "textwrap",
 )  # fmt: skip
 LINES = (4, 8, 14, 25, 60)  # of the function's own code, at most, by difficulty
+GOLD_SECONDS = 20.0  # for two hundred functions at a time
 
 # Runs each case in a namespace of its own and prints, a line a case, what its examples printed.
 RUNNER = """
@@ -178,7 +179,7 @@ def kept(packages: tuple[str, ...] = PACKAGES) -> dict[str, Case]:
     """Functions whose own code reproduces their examples, by content; some seconds, once a process."""
     found = [case for package in packages for case in read(package)]
     good: dict[str, Case] = {}
-    sandbox = Sandbox(seconds=20, output=8 * MIB)
+    sandbox = Sandbox(seconds=GOLD_SECONDS, output=8 * MIB)
     while found:
         batch = found[:200]
         said = _run([(c.imports + c.gold, [e.source for e in c.examples]) for c in batch], sandbox)

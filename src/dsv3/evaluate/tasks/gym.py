@@ -29,7 +29,11 @@ from dsv3.evaluate.verify import boxed, outside_thought
 SIZE = 500  # items of a dataset, as the library has it: some make all of them at once
 TRIES = 64  # draws from one dataset before the next
 BLOCKS = 1 << 20  # datasets of that size, by seed
-LEFT_OUT = {"composite"}  # it mixes others, which are here themselves
+LEFT_OUT = {
+    "composite",  # it mixes others, which are here themselves
+    # The order of sets, another in every process, enters the item: a seed would not say which it is.
+    "codeio", "isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note",
+}  # fmt: skip
 # Their own answers score below 1 (or the library has none): to be reinforced, not imitated.
 NO_SOLUTION = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 
@@ -45,10 +49,7 @@ def dataset(name, difficulty, size, block):
         curriculum = create_curriculum(name)
         for attribute, definition in curriculum.attributes.items():
             curriculum.set_attr_level(attribute, min(difficulty, len(definition.levels)) - 1)
-        try:
-            return create_dataset(name, **{**vars(curriculum.generate_configuration()), **own})
-        except AssertionError:
-            pass  # knight_swap's curriculum leads out of what it accepts
+        return create_dataset(name, **{**vars(curriculum.generate_configuration()), **own})
     return create_dataset(name, **own)
 """
 # Those that evaluate an answer get a reader of literals in eval's place.
@@ -61,10 +62,9 @@ for module in (binary_matrix, number_sorting, spiral_matrix, string_insertion, n
 
 def answer(request):
     source = dataset(request["name"], request["difficulty"], request["size"], request["block"])
-    # Some items depend on the order of sets, which is another in every process: the answer is ours.
-    entry = {**source[request["index"]], "question": request["question"]}
-    if entry["answer"] is not None:
-        entry["answer"] = request["answer"]
+    entry = source[request["index"]]
+    if entry["question"] != request["question"]:
+        return "another item"
     return float(source.score_answer(request["given"], entry))
 """
 
@@ -136,7 +136,11 @@ class GymTask:
         if given is None:
             return 0.0
         request = {
-            "name": self.inner, "size": SIZE, "given": given, "question": example.prompt,
-            "answer": example.answer, **example.metadata,
+            "name": self.inner, "size": SIZE, "given": given, "question": example.prompt, **example.metadata
         }  # fmt: skip
-        return float(_judge().ask(request) or 0.0)
+        score = _judge().ask(request)
+        if isinstance(score, str):
+            raise Failure(
+                f"{self.name}: the sandbox made {score} of {example.metadata}: is it of another version?"
+            )
+        return float(score or 0.0)
