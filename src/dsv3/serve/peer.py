@@ -123,10 +123,10 @@ class Prefill(Peer):
     def __init__(self, engine: Engine, control: Channel, timeout: float):
         super().__init__(engine, control, timeout)
         self.asked: dict[str, list[Sequence]] = {}
-        self.path, self.data = "", None
+        self.path = ""
+        self.data: Channel | None = None
+        self.frames = 0  # queued on it
         self.sending: deque[tuple[int, str]] = deque()  # number of the frame, name of the answer
-
-    data: Channel | None
 
     @property
     def moving(self) -> int:
@@ -162,7 +162,7 @@ class Prefill(Peer):
     def tell(self, update: Update) -> None:
         """An answer has its first token: it goes, unless that was all."""
         sequence = self.asked[update.request_id][update.index]
-        key = f"{update.request_id}.{update.index}"
+        key = key_of(int(update.request_id), update.index)
         if sequence.finished:
             self.update(key, whole(sequence))
         else:
