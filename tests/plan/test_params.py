@@ -91,7 +91,7 @@ def test_other_shapes_are_counted_whole(changes: dict[str, Any]) -> None:
 
 def test_an_unknown_parameter_is_an_error() -> None:
     with pytest.raises(ValueError, match="belongs to no known part"):
-        params._part("model.layers.0.novelty.weight")
+        params.part_of("model.layers.0.novelty.weight")
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ class ParamCounts:
         return self.trained + self.repeated + self.expert_biases
 
 
-def _part(name: str) -> str:
+def part_of(name: str) -> str:
     """The part a parameter's name belongs to."""
     *_, module, _ = name.split(".")
     if module.endswith("norm"):
@@ -112,7 +112,7 @@ def counts(config: ModelConfig) -> ParamCounts:
         f"model.layers.{config.num_hidden_layers + k}." for k in range(config.num_nextn_predict_layers)
     )
     for name, parameter in model.named_parameters():
-        part, size = _part(name), parameter.numel()
+        part, size = part_of(name), parameter.numel()
         if modules and name.startswith(modules):
             mtp += size
             mtp_activated += _activated(part, size, config)
@@ -130,7 +130,7 @@ def counts(config: ModelConfig) -> ParamCounts:
     )
 
 
-def train_flops_per_token(config: ModelConfig, seq_len: int, mtp: bool = True) -> int:
+def train_flops_by_part(config: ModelConfig, seq_len: int, mtp: bool = True) -> dict[str, int]:
     """Floating-point operations of training on one token, forward and backward, in sequences of ``seq_len``.
 
     The usual convention (Chinchilla, PaLM): 6 for each activated matrix parameter (a multiply and an add,
@@ -140,21 +140,32 @@ def train_flops_per_token(config: ModelConfig, seq_len: int, mtp: bool = True) -
     head; with ``mtp`` the MTP modules, and the head once more for each). Not counted: the embedding (a
     lookup), norms, softmax, activations, RoPE, the router's choice, the optimizer, and whatever is computed
     twice to save memory, so that a utilisation computed with it is an MFU.
+
+    The MTP modules' parts are named ``MTP ...``; "attention scores" are the two products, "attention" MLA's
+    matrices.
     """
     if seq_len < 1:
         raise UserError(f"seq_len ({seq_len}) must be at least 1 token")
     model = _on_meta(config)
-    matrices = 0
+    depth = config.num_nextn_predict_layers if mtp else 0
+    score = 3 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * (seq_len + 1)
+    flops: dict[str, int] = {"attention scores": config.num_hidden_layers * score}
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
+            part = part_of(name)
             index = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
-            if mtp or index < config.num_hidden_layers:
-                matrices += _activated(_part(name), parameter.numel(), config)
-    depth = config.num_nextn_predict_layers if mtp else 0
-    matrices += depth * config.vocab_size * config.hidden_size
-    layers = config.num_hidden_layers + depth
-    widths = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    return 6 * matrices + 3 * layers * widths * (seq_len + 1)
+            label = part if index < config.num_hidden_layers else f"MTP {part}"
+            if part != "embedding" and (mtp or label == part):
+                flops[label] = flops.get(label, 0) + 6 * _activated(part, parameter.numel(), config)
+    if depth:
+        flops["MTP attention scores"] = depth * score
+        flops["MTP head"] = depth * flops["head"]
+    return flops
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int, mtp: bool = True) -> int:
+    """The sum of :func:`train_flops_by_part`."""
+    return sum(train_flops_by_part(config, seq_len, mtp).values())
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int = BF16) -> int:
