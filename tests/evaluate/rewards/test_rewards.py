@@ -57,7 +57,7 @@ def test_algebra_is_judged_from_threads_and_given_up_in_time() -> None:
     pairs = [("(x+1)^2", "x^2+2x+1", 1), ("(x+1)^2", "x^2+2x", 0), ("\\sqrt{8}", "2\\sqrt{2}", 1)]
     boxed_reward([""], ["\\boxed{x}"], solution=["y"])  # the service has started
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda p: boxed_reward([""], [f"\\boxed{{{p[0]}}}"], solution=[p[1]]), pairs))
+        found = list(pool.map(lambda p: boxed_reward([""], [f"\\boxed{{{p[0]}}}"], solution=p[1:2]), pairs))
     assert found == [[score] for _, _, score in pairs]
     begun = time.monotonic()
     assert boxed_reward([""], ["\\boxed{9^{9^{9^9}}}"], solution=["x^2"]) == [0]

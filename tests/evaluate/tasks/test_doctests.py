@@ -1,4 +1,4 @@
-"""Code tasks out of docstrings: shown and hidden examples, scoring in the sandbox, cheats that earn nothing."""
+"""Code tasks out of docstrings: shown and hidden examples, scores from the sandbox, cheats earn nothing."""
 
 from __future__ import annotations
 

@@ -232,12 +232,12 @@ def _case(package: str, node: ast.FunctionDef, imports: list[ast.stmt]) -> Case 
     docstring = ast.get_docstring(node)
     if not docstring or '"""' in docstring or len(node.body) < 2:
         return None
+    # Imports of the function itself would fail where it stands alone.
+    docstring = re.sub(rf"^[ \t]*>>> (?:from|import) {package}\b.*\n", "", docstring, flags=re.MULTILINE)
     try:
         examples = doctest.DocTestParser().get_examples(docstring)
     except ValueError:
         return None
-    # Imports of the function itself would fail where it stands alone.
-    examples = [e for e in examples if not re.match(rf"(?:from|import)\s+{package}\b", e.source)]
     tested = [at for at, example in enumerate(examples) if _tests(example)]
     if len(tested) < 2 or any(example.exc_msg for example in examples):
         return None
