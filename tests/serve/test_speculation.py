@@ -57,7 +57,7 @@ def test_sampled_answers_have_the_models_distribution(small: DeepSeekV3, drafts:
     engine = Engine(
         small,
         options=Options(
-            draft_tokens=drafts, max_batch=64, max_batch_tokens=1024, cache_tokens=4096, max_length=40
+            draft_tokens=drafts, max_batch=250, max_batch_tokens=1024, cache_tokens=8192, max_length=40
         ),
     )
     prompt, length, many = [1, 3, 2, 2, 0], 3, 2000
@@ -80,20 +80,22 @@ def test_verification_alone_for_any_drafter() -> None:
     p_logits = torch.randn(1 + V + V * V, V, generator=generator)  # after none, each one, each pair of drafts
     q_logits = torch.randn(1 + V, V, generator=generator)
     wish, counts, many = SamplingParams(temperature=1.0), Counter[tuple[int, ...]](), 5000
-    sequences, logits = [], []
-    for seed in range(many):
-        sequence = Sequence("r", 0, [0], wish, seed, 1000, frozenset(), Detokeniser(None))
-        drawn = []
-        for place in range(2):
-            row = q_logits[0] if place == 0 else q_logits[1 + sequence.drafts[0]]
-            (token,), weights = choose(row[None], [Row(sequence, tuple(sequence.drafts))], DRAFT)
-            assert weights is not None
+    sequences = [
+        Sequence("r", 0, [0], wish, seed, 1000, frozenset(), Detokeniser(None)) for seed in range(many)
+    ]
+    drawn = []
+    for place in range(2):
+        rows = [q_logits[1 + s.drafts[0] if place else 0] for s in sequences]
+        tokens, weights = choose(torch.stack(rows), [Row(s, tuple(s.drafts)) for s in sequences], DRAFT)
+        assert weights is not None
+        drawn.append(weights)
+        for sequence, token in zip(sequences, tokens):
             sequence.drafts.append(token)
-            drawn.append(weights[0])
-        sequence.draft_probs = torch.stack(drawn)
+    logits = []
+    for sequence, draft_probs in zip(sequences, torch.stack(drawn, dim=1)):
+        sequence.draft_probs = draft_probs
         first, second = sequence.drafts
         logits.append(p_logits[[0, 1 + first, 1 + V + V * first + second]])
-        sequences.append(sequence)
     assert len(rows_to_choose(sequences)) == 3 * many
     firsts, lengths = Counter[tuple[int, ...]](), Counter[int]()
     for tokens in verify(torch.cat(logits), sequences):

@@ -38,8 +38,9 @@ from dsv3.serve.params import SamplingParams
 
 COMPILED = 32  # grammars kept
 SECONDS, MEMORY, PATIENCE = 3, 1 << 30, 60  # of a rehearsal: processor time, address space, waiting
-# Spaces and line breaks between parts of a document: were there no end to them, a model might find none.
-BLANKS = r"[\x20\x0A\x0D\x09]{1,64}"
+# What may stand between two parts of a document: a space, or a line break and the next line's indentation.
+# Of blanks without end a small model may make a whole answer.
+BLANKS = r"\x20|\r?\n[\x20\x09]{0,40}"
 # A schema's own "x-guidance" would allow what is not JSON; these come last and decide.
 JSON_OPTIONS: Any = {
     "item_separator": ",", "key_separator": ":", "whitespace_flexible": True, "whitespace_pattern": BLANKS,
