@@ -9,7 +9,20 @@ import sys
 
 import typer
 
-from dsv3.cli import bench, chat, convert, data, evaluate, generate, init, plan, pretrain, serve, tokenizer
+from dsv3.cli import (
+    bench,
+    chat,
+    convert,
+    data,
+    evaluate,
+    generate,
+    init,
+    plan,
+    pretrain,
+    serve,
+    tasks,
+    tokenizer,
+)
 from dsv3.common.errors import UserError
 
 app = typer.Typer(
@@ -32,6 +45,7 @@ app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
+app.add_typer(tasks.app, name="tasks")
 
 
 def main() -> None:

@@ -1,0 +1,54 @@
+"""``dsv3 tasks``: what the verifiable tasks of post-training look like."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+app = typer.Typer(help="The verifiable tasks of post-training.", no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """The verifiable tasks of post-training: list them, look at examples, try an answer."""
+
+
+@app.command("list")
+def show_names(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
+    """Every task, one a line; those under gym/ come with the extra rl."""
+    from dsv3.evaluate.tasks import names
+
+    found = names()
+    typer.echo(json.dumps(found) if as_json else "\n".join(found))
+
+
+@app.command()
+def show(
+    task: str = typer.Argument(help="A name of `dsv3 tasks list`."),
+    difficulty: int = typer.Option(1, help="1 to 5."),
+    seed: int = typer.Option(0, help="Another seed gives other examples, of the same splits."),
+    split: str = typer.Option("train", help="train, validation or test; they share no example."),
+    index: int = typer.Option(0, help="The first example shown."),
+    count: int = typer.Option(3, min=1, help="Examples."),
+    answer: str = typer.Option(None, help="A completion to be scored, instead of the solution."),
+    as_json: bool = typer.Option(
+        False, "--json", help="Print one JSON object a line, as a dataset has them."
+    ),
+) -> None:
+    """Examples with their solution, and the score the verifier gives it."""
+    from dsv3.evaluate.tasks import get
+
+    source = get(task, difficulty, seed)
+    for at in range(index, index + count):
+        example = source.sample(at, split)  # type: ignore[arg-type]
+        solution = source.solve(example)
+        text = answer if answer is not None else solution.reasoned() if solution else None
+        score = None if text is None else source.verify(text, example)
+        if as_json:
+            row: dict[str, Any] = {**example.row(), "completion": text, "score": score}
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        else:
+            typer.echo(f"== {task} {split} {at}  {example.id}\n{example.prompt}\n")
+            typer.echo("-- no solution is known\n" if text is None else f"-- score {score:g}\n{text}\n")
