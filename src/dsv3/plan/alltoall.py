@@ -1,6 +1,7 @@
 """How many copies of a token leave its node, and the time that takes (report 2.1.2 and 3.2.2).
 
-A token is sent once to each node (or GPU) that holds one of its experts, and its results come back once.
+A token is sent once to each node (or GPU) that holds one of its experts, and its results come back once. The
+way on, over NVLink to the experts' GPUs of a node, is taken as hidden behind the network (report 3.2.2).
 """
 
 from __future__ import annotations
