@@ -36,9 +36,11 @@ if job == "convert":
     library("quantise")
     base = peak()
     convert(folder, folder + ".fp8", "fp8", workers=2)
-    there = peak() - base
+    found = {"there": peak() - base}
     convert(folder + ".fp8", folder + ".bf16", "bf16", workers=2)
-    print(json.dumps({"there": there, "and_back": peak() - base}))
+    found["and_back"] = peak() - base
+    convert(folder + ".bf16", folder + ".int4", "int4", workers=2)
+    print(json.dumps({**found, "to_int4": peak() - base}))
     sys.exit()
 base = peak()
 quantize = "fp8" if dtype == "fp8" else None

@@ -20,7 +20,7 @@ from dsv3.common.errors import UserError
 from dsv3.model import DeepSeekV3
 from dsv3.model.linear import Experts, GroupedLinear, Linear
 from dsv3.ops import packed
-from dsv3.ops.integers import GROUPS, Int4, Int8, quantise_int4, quantise_int8
+from dsv3.ops.integers import GROUPS, SPAN, Int4, Int8, quantise_int4, quantise_int8
 from dsv3.quant.swap import FixedDtypes, swap
 
 WEIGHT, SCALE, LEAST = "weight", "weight_scale", "weight_least"  # the buffers' and the files' names
@@ -44,10 +44,24 @@ class Integers:
             raise UserError(f"group ({self.group}) must be one of {', '.join(map(str, GROUPS))}")
 
     def quantise(self, path: str, w: Tensor) -> Int8 | Int4:
-        """The weight ``[..., O, I]`` of the matrix at ``path``."""
-        if self.bits == 8 or path.endswith(FINER):
-            return quantise_int8(w)
-        return quantise_int4(w, self.group)
+        """The weight ``[..., O, I]`` of the matrix at ``path``; on the meta device, its shapes."""
+        in_int8 = self.bits == 8 or path.endswith(FINER)
+        if w.is_meta:
+            return self._shapes(in_int8, w)
+        return quantise_int8(w) if in_int8 else quantise_int4(w, self.group)
+
+    def _shapes(self, in_int8: bool, w: Tensor) -> Int8 | Int4:
+        # Written out: torch's arithmetic without numbers would import another 150 MB first.
+        *leading, inputs = w.shape
+
+        def bare(dtype: torch.dtype, *size: int) -> Tensor:
+            return torch.empty(*leading, *size, dtype=dtype, device="meta")
+
+        if in_int8:
+            return Int8(bare(torch.int8, inputs), bare(torch.float32, 1))
+        groups = -(-inputs // self.group)
+        values = bare(torch.uint8, SPAN // 2 * -(-inputs // SPAN))
+        return Int4(values, bare(torch.float32, groups), bare(torch.float32, groups), self.group, inputs)
 
 
 def parts(weight: Kept) -> dict[str, Tensor]:
