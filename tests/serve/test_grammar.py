@@ -7,6 +7,7 @@ import json
 import random
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -475,6 +476,22 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for wish in (wishes[0], SamplingParams(grammar='start: "b"'), wishes[0], wishes[1]):
         engine.check([1], wish)
     assert compiled == ["json_schema", "grammar", "grammar", "grammar"]  # the oldest was forgotten
+
+
+def test_checks_from_other_threads(unrehearsed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server checks requests while the engine goes on; grammars come and go."""
+    monkeypatch.setattr(grammar_module, "COMPILED", 2)
+    engine, made = engine_of(1), list[Sequence]()
+    wishes = [SamplingParams(json_schema={"const": f"word {n}"}, seed=n) for n in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        checks = [pool.submit(engine.check, [1], wish) for wish in wishes * 10]
+        for wish in wishes:
+            made += engine.requests[engine.add_request([1], wish)]
+            engine.step()
+        while engine.busy:
+            engine.step()
+        assert [check.result() for check in checks] == [None] * 60
+    assert [json.loads(sequence.text.text) for sequence in made] == [f"word {n}" for n in range(6)]
 
 
 def test_without_a_tokenizer() -> None:
