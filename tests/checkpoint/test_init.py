@@ -12,9 +12,10 @@ import torch
 
 from dsv3.checkpoint.convert import convert
 from dsv3.checkpoint.hf import load
-from dsv3.checkpoint.init import init
+from dsv3.checkpoint.init import Drawn, init
 from dsv3.common.errors import UserError
 from dsv3.config.model import ModelConfig
+from dsv3.model import DeepSeekV3
 from tests.checkpoint.conftest import SMALL, same
 
 CONFIG = ModelConfig(**{**SMALL, "hidden_size": 160, "intermediate_size": 272, "num_hidden_layers": 2})
@@ -57,6 +58,16 @@ def test_every_format_is_made_of_the_same_weights(fp32: Path, tmp_path: Path, to
     assert same(load(tmp_path / "a"), load(tmp_path / "b"))
     if to.startswith("int"):
         assert _files(tmp_path / "a") == _files(tmp_path / "b")
+
+
+def test_bands_are_drawn_apart() -> None:
+    with torch.device("meta"):
+        model = DeepSeekV3(CONFIG)
+    drawn = Drawn(model, seed=0)
+    name, copy = "lm_head.weight", "model.layers.2.shared_head.head.weight"
+    bands = [drawn.rows(name, first, first + 32) for first in (0, 32, 64)]
+    assert all(band.shape == (32, 160) for band in bands) and len({float(band[0, 0]) for band in bands}) == 3
+    assert torch.equal(drawn.rows(name, 32, 64), bands[1]) and torch.equal(drawn.rows(copy, 32, 64), bands[1])
 
 
 def test_seeds_threads_and_groups(fp32: Path, tmp_path: Path) -> None:
