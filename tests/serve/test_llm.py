@@ -168,7 +168,10 @@ def test_bfloat16_model_generates(model: DeepSeekV3) -> None:
 
     half = copy.deepcopy(model).bfloat16()
     llm = dsv3.LLM(half, cache_tokens=512, draft_tokens=2)
-    assert llm.engine.cache.rows.dtype == torch.bfloat16
+    embedding = half.model.embed_tokens
+    assert embedding.weight.dtype == torch.bfloat16
+    assert llm.engine.cache.rows.dtype == (embedding.compute_dtype or torch.bfloat16)
+    assert dsv3.LLM(half, cache_tokens=64, cache_dtype="bfloat16").engine.cache.rows.dtype == torch.bfloat16
     (out,) = llm.generate([[3, 4, 5] * 9], replace(GREEDY, ignore_eos=True))
     assert len(out.token_ids) == 12
 
