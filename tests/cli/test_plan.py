@@ -71,7 +71,7 @@ def test_cost_of_the_reports_run() -> None:
     assert sum(found["train_flops_per_token_by_part"].values()) == found["train_flops_per_token"]
     assert sum(found["time_us_per_token_gpu"].values()) == pytest.approx(1e6 / found["tokens_per_s_gpu"])
     assert 0.8 < found["fp8_flops_share"] < 0.85
-    assert len(found["report"]) == 7 and len(found["held_out"]) == 6 and len(found["sensitivity"]) == 9
+    assert len(found["report"]) == 7 and len(found["held_out"]) == 6 and len(found["sensitivity"]) == 11
 
 
 def test_cost_of_a_recipe_is_that_of_the_preset() -> None:

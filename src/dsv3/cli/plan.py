@@ -172,6 +172,9 @@ def _cost_check(found: dict[str, Any]) -> None:
         for row in found["held_out"]
     ]  # fmt: skip
     show("Held out: Megatron-Bridge, tokens a second and GPU", ("run", "model", "published", "error"), rows)
+    print(
+        "(never fitted; assumed: dispatch in BF16, all-to-all not overlapped, the fitted share of peak)"
+    )
     print()
     rows = [
         (row["assumption"], f"{row['gpu_hours_per_trillion_tokens']:,.0f}", f"{100 * row['change']:+.1f}%",
@@ -414,7 +417,7 @@ def pipeline(
         print(json.dumps({"unit": unit, "schedules": found, "picture": str(out) if out else None}, indent=2))
         return
     rows = [_pipeline_row(row) for row in found]
-    header = ("schedule", "time", "bubble", "share", "formula", "", "held at most")
+    header = ("schedule", "time", "bubble", "share", "formula", "gives", "held at most")
     show(f"{ranks} ranks, {micro_batches} micro-batches; times in {unit}", header, rows)
     print(
         "held: micro-batches through 1/P of the model; formulas: without communication, for B - W = F, W <= F"

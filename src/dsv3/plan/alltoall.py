@@ -24,7 +24,13 @@ class Route:
     rate: float
 
 
-def route(config: ModelConfig, expert: int, machine: Hardware, deduplicated: bool = True) -> Route:
+def route(
+    config: ModelConfig,
+    expert: int,
+    machine: Hardware,
+    deduplicated: bool = True,
+    link_share: float = LINK_SHARE,
+) -> Route:
     """Copies a token and a layer, with ``expert`` GPUs that share the experts, loads even.
 
     Within an NVLink domain the places are GPUs, else nodes. Where the places divide the routing groups, a
@@ -33,7 +39,7 @@ def route(config: ModelConfig, expert: int, machine: Hardware, deduplicated: boo
     """
     inside = expert <= machine.domain
     places = expert if inside else expert // machine.domain
-    rate = (machine.nvlink if inside else machine.network) * LINK_SHARE
+    rate = (machine.nvlink if inside else machine.network) * link_share
     chosen, groups, kept = config.num_experts_per_tok, config.n_group, config.topk_group
     if places <= 1:
         return Route(0.0, rate)

@@ -33,12 +33,14 @@ class Assumptions:
     3.2.2), where all-to-all is overlapped. ``times``: F : B : W of a micro-batch. ``scores_again``: the
     backward of attention computes the scores a second time (FlashAttention). ``up_projections_again``: MLA's
     up-projections are recomputed (report 3.2.3). ``fp8``: with precision fp8, Linears run at the FP8 peak.
+    ``link_share``: of a link's rate that all-to-all reaches.
     """
 
     sm_share: float = 20 / 132
     times: Times = field(default_factory=Times)
     scores_again: bool = True
     up_projections_again: bool = True
+    link_share: float = alltoall.LINK_SHARE
     fp8: bool = True
     bubble: bool = True
     all_to_all: bool = True
@@ -196,7 +198,7 @@ def estimate(run: Run, efficiency: float, assumed: Assumptions | None = None) ->
     products = taken[True] + taken[False] + again
 
     bubble, paired = _pipeline(layout.schedule, layout.pipeline, micro_batches, layout.virtual, assumed.times)
-    way = alltoall.route(config, layout.expert, machine)
+    way = alltoall.route(config, layout.expert, machine, link_share=assumed.link_share)
     layers = alltoall.moe_layers(config, run.mtp)
     moved = 2 * alltoall.seconds(config, layers, way, layout.fp8_dispatch)  # forward and backward
     overlapped = layout.overlap and layout.expert > 1
@@ -205,7 +207,7 @@ def estimate(run: Run, efficiency: float, assumed: Assumptions | None = None) ->
     occupied = assumed.sm_share if overlapped else 0.0
     # Tensor parallel with sequence parallel: gather and scatter around attention, thrice more backward.
     exchanged = 5 * config.num_hidden_layers * config.hidden_size * BF16 * (layout.tensor - 1)
-    tensor = exchanged / (machine.nvlink * alltoall.LINK_SHARE) if layout.tensor > 1 else 0.0
+    tensor = exchanged / (machine.nvlink * assumed.link_share) if layout.tensor > 1 else 0.0
     exposed = (moved - hidden) * assumed.all_to_all
     multiprocessors = products * occupied / (1 - occupied)
     working = products + multiprocessors + exposed + tensor
@@ -322,8 +324,8 @@ def sensitivity(efficiency: float) -> list[dict[str, Any]]:
     base = estimate(report_run(), efficiency, plain).hours(1e12)
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, factor: float, assumed: Assumptions) -> None:
-        hours = estimate(report_run(), efficiency * factor, assumed).hours(1e12)
+    def add(name: str, factor: float, assumed: Assumptions, run: Run | None = None) -> None:
+        hours = estimate(run or report_run(), efficiency * factor, assumed).hours(1e12)
         extension = report_table(calibrate(assumed), assumed)[3]["error"]
         error = estimate(first.run, calibrate(assumed), assumed).tokens_s / first.tokens_s - 1
         rows.append(
@@ -338,10 +340,13 @@ def sensitivity(efficiency: float) -> list[dict[str, Any]]:
     add("no FP8: products in BF16", 1.0, replace(plain, fp8=False))
     add("no multiprocessors for communication", 1.0, replace(plain, sm_share=0.0))
     add("all-to-all costs nothing", 1.0, replace(plain, all_to_all=False))
+    add("links at 70% of their rate, not 90%", 1.0, replace(plain, link_share=0.7))
     add("no bubble", 1.0, replace(plain, bubble=False))
     add("F : B : W = 1 : 2.2 : 1", 1.0, replace(plain, times=Times(1.0, 2.2, 1.0)))
     add("scores not computed again", 1.0, replace(plain, scores_again=False))
     add("up-projections not computed again", 1.0, replace(plain, up_projections_again=False))
+    wide = replace(REPORT_LAYOUT, fp8_dispatch=False)
+    add("dispatch in BF16", 1.0, plain, replace(report_run(), layout=wide))
     return rows
 
 

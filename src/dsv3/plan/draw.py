@@ -39,7 +39,7 @@ def draw(timelines: list[Timeline], path: str | Path, unit: str = "") -> None:
     kinds = {job.kind.replace("I", "B") for _, span in every for job in span.action}
     legend = [Patch(color=COLOURS[kind][0], label=NAMES[kind]) for kind in NAMES if kind in kinds]
     if any(any(_returning(*each)) for each in every):
-        legend.append(Patch(color=COLOURS["F"][1], label="paler: the other way through the rank"))
+        legend.append(Patch(color=COLOURS["F"][1], label="paler: the other direction, or a later pass"))
     if any(len(span.action) == 2 for _, span in every):
         legend.append(Patch(facecolor="white", edgecolor=DARK, label="framed: F and B overlapped"))
     legend.append(Patch(color=IDLE, label="bubble"))

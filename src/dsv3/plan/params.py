@@ -154,8 +154,9 @@ def train_flops_by_part(config: ModelConfig, seq_len: int, mtp: bool = True) -> 
         if parameter.dim() > 1:
             part = part_of(name)
             index = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
-            label = part if index < config.num_hidden_layers else f"MTP {part}"
-            if part != "embedding" and (mtp or label == part):
+            module = index >= config.num_hidden_layers
+            label = f"MTP {part.removeprefix('MTP ')}" if module else part
+            if part != "embedding" and (mtp or not module):
                 flops[label] = flops.get(label, 0) + 6 * _activated(part, parameter.numel(), config)
     if depth:
         flops["MTP attention scores"] = depth * score
