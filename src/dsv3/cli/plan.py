@@ -53,7 +53,9 @@ def cost(
         None, "--seq-len", min=1, help="Tokens a sequence. [default: the recipe's; 4096]"
     ),
     batch: int = typer.Option(None, "--batch", help="Sequences a step. [default: the recipe's; 15360]"),
-    precision: str = typer.Option(None, "--precision", help="fp8 or bf16. [default: the recipe's; fp8]"),
+    precision: str = typer.Option(
+        None, "--precision", help="fp8 or bf16. [default: the recipe's (fp32 as bf16); fp8]"
+    ),
     pipeline: int = typer.Option(16, "--pipeline", help="Pipeline ranks."),
     schedule: str = typer.Option(
         "dualpipe", "--schedule", help="1f1b, interleaved, zb1p, zbv, dualpipe or dualpipev."
@@ -139,28 +141,31 @@ def _cost(found: dict[str, Any], fitted: bool) -> None:
     )
     print(f"in FP8: {100 * found['fp8_flops_share']:.1f}% of the FLOPs\n")
     whole = sum(gpu.values())
-    terms = [(term, f"{value:.1f}", f"{100 * value / whole:.1f}%") for term, value in gpu.items()]
-    terms.append(("all", f"{whole:.1f}", "100.0%"))
+    terms = [(term, _figure(value), f"{100 * value / whole:.1f}%") for term, value in gpu.items()]
+    terms.append(("all", _figure(whole), "100.0%"))
     show("Time of one GPU a token, by term", ("term", "microseconds", "share"), terms, [len(gpu) - 1])
     source = "fitted to the report's run" if fitted else "given"
     reached, mfu = found["efficiency"], found["mfu_of_bf16_peak"]
     print(f"products reach {100 * reached:.1f}% of peak ({source}); MFU {100 * mfu:.1f}% of the BF16 peak")
     hidden = found["all_to_all_hidden_us_per_token_gpu"]
-    print(f"hidden behind products: {hidden:.1f} microseconds of all-to-all\n")
+    print(f"hidden behind products: {_figure(hidden)} microseconds of all-to-all\n")
     print(f"{found['gpus']:,} {found['hardware']}, {found['tokens']:.4g} tokens:")
-    for label, key, form in (
-        ("tokens a second and GPU", "tokens_per_s_gpu", ",.0f"), ("tokens a second", "tokens_per_s", ",.0f"),
-        ("GPU hours a trillion tokens", "gpu_hours_per_trillion_tokens", ",.0f"),
-        ("GPU hours", "gpu_hours", ",.0f"), ("days", "days", ",.1f"), ("USD", "cost_usd", ",.0f"),
-        ("MWh at most, without cooling", "energy_mwh", ",.1f"),
-    ):  # fmt: skip
-        print(f"  {label}: {found[key]:{form}}")
+    for label, key in (
+        ("tokens a second and GPU", "tokens_per_s_gpu"),
+        ("tokens a second", "tokens_per_s"),
+        ("GPU hours a trillion tokens", "gpu_hours_per_trillion_tokens"),
+        ("GPU hours", "gpu_hours"),
+        ("days", "days"),
+        ("USD", "cost_usd"),
+        ("MWh at most, without cooling", "energy_mwh"),
+    ):
+        print(f"  {label}: {_figure(found[key])}")
 
 
 def _cost_check(found: dict[str, Any]) -> None:
     print()
     rows: list[tuple[str, ...]] = [
-        (row["figure"], f"{row['model']:,.4g}" if row["model"] < 100 else f"{row['model']:,.0f}",
+        (row["figure"], _figure(row["model"]),
          f"{row['published']:,}", f"{100 * row['error']:+.1f}%", row["kind"])
         for row in found["report"]
     ]  # fmt: skip
@@ -172,9 +177,7 @@ def _cost_check(found: dict[str, Any]) -> None:
         for row in found["held_out"]
     ]  # fmt: skip
     show("Held out: Megatron-Bridge, tokens a second and GPU", ("run", "model", "published", "error"), rows)
-    print(
-        "(never fitted; assumed: dispatch in BF16, all-to-all not overlapped, the fitted share of peak)"
-    )
+    print("(never fitted; assumed: dispatch in BF16, all-to-all not overlapped, the fitted share of peak)")
     print()
     rows = [
         (row["assumption"], f"{row['gpu_hours_per_trillion_tokens']:,.0f}", f"{100 * row['change']:+.1f}%",
@@ -466,6 +469,11 @@ def _print(model: str, found: dict[str, Any]) -> None:
 def _billions(count: int) -> str:
     """``671.0B``, ``15.2M``."""
     return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def _figure(value: float) -> str:
+    """``180,000``, ``54.2``, ``0.00102``."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def _human(count: float) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import gcd
 from typing import Any
 
 from dsv3.common.errors import UserError
@@ -48,8 +49,11 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on GPUs. ``virtual``: stages a rank, for interleaved. ``overlap``: all-to-all runs
-    beside the products of another micro-batch, as in DualPipe; else it adds to them."""
+    """How a model lies on GPUs. ``virtual``: stages a rank, for interleaved.
+
+    With ``overlap`` all-to-all runs beside the products of another micro-batch, as in DualPipe; else it adds
+    to them.
+    """
 
     gpus: int
     pipeline: int = 1
@@ -124,14 +128,12 @@ def check(run: Run) -> int:
             f"gpus ({layout.gpus}) must be a multiple of pipeline x tensor ({cell}); "
             f"try --gpus {-(-layout.gpus // cell) * cell}, or --pipeline 1"
         )
-    if layout.gpus // layout.pipeline % layout.expert:
+    stage, experts = layout.gpus // layout.pipeline, run.config.n_routed_experts
+    if stage % layout.expert or experts % layout.expert:
         raise UserError(
-            f"expert ({layout.expert}) must divide gpus / pipeline ({layout.gpus // layout.pipeline}); "
-            "try a lower one"
+            f"expert ({layout.expert}) must divide gpus / pipeline ({stage}) and n_routed_experts "
+            f"({experts}); try --expert {gcd(stage, experts)}"
         )
-    if run.config.n_routed_experts % layout.expert:
-        experts = run.config.n_routed_experts
-        raise UserError(f"expert ({layout.expert}) must divide n_routed_experts ({experts})")
     ranks = layout.gpus // cell
     if run.batch % ranks:
         raise UserError(
@@ -326,8 +328,9 @@ def sensitivity(efficiency: float) -> list[dict[str, Any]]:
 
     def add(name: str, factor: float, assumed: Assumptions, run: Run | None = None) -> None:
         hours = estimate(run or report_run(), efficiency * factor, assumed).hours(1e12)
-        extension = report_table(calibrate(assumed), assumed)[3]["error"]
-        error = estimate(first.run, calibrate(assumed), assumed).tokens_s / first.tokens_s - 1
+        anew = calibrate(assumed)
+        extension = report_table(anew, assumed)[3]["error"]
+        error = estimate(first.run, anew, assumed).tokens_s / first.tokens_s - 1
         rows.append(
             {
                 "assumption": name, "gpu_hours_per_trillion_tokens": hours, "change": hours / base - 1,

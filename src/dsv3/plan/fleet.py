@@ -25,8 +25,11 @@ NODE = 8  # GPUs
 
 @dataclass(frozen=True)
 class Demand:
-    """Traffic. ``hit``: share of input tokens whose cache is there already; ``prompt``: mean tokens of a
-    prompt; ``context``: mean cache rows an output token reads."""
+    """Traffic; the defaults are DeepSeek's published day (its mean prompt follows from the other figures).
+
+    ``hit``: share of input tokens whose cache is there already; ``prompt``: mean tokens of a prompt;
+    ``context``: mean tokens of cache an output token reads.
+    """
 
     input_rate: float = 608e9 / 86400
     output_rate: float = 168e9 / 86400

@@ -199,8 +199,8 @@ def decode_bound(serving: Serving, found: Footprint, machine: Hardware, count: i
 
 # What people ask about first.
 SETUPS = (
-    ("h100", 4), ("h100", 8), ("h100", 16), ("h100", 24), ("h200", 4), ("h200", 8), ("h200", 16), ("b200", 4),
-    ("b200", 8), ("b200", 16), ("pc-384", 1), ("server-768", 1),
+    ("h100", 1), ("h100", 4), ("h100", 8), ("h100", 16), ("h100", 24), ("h200", 4), ("h200", 8), ("h200", 16),
+    ("b200", 4), ("b200", 8), ("b200", 16), ("pc-384", 1), ("server-768", 1),
 )  # fmt: skip
 
 
