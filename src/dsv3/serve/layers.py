@@ -10,6 +10,7 @@ Shapes: N tokens of the batch, D hidden, S places of a sequence.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,10 +95,12 @@ class Layers:
 class _Compiled:
     """What ``decode.cpp`` needs of the layers; ``kept`` are the tensors it points into."""
 
+    layers: ctypes.Array[decode.Layer]
+
     def __init__(self, model: DeepSeekV3, cache: LatentCache):
         config = model.config
         self.model = model
-        self.chain: list[decode.Layer] = []
+        self.turns = torch.empty(0)  # rotations of the places seen so far, [S, R]
         self.kept: list[Any] = [cache.rows]
         self.shape = decode.Shape(
             hidden=config.hidden_size, heads=config.num_attention_heads, nope=config.qk_nope_head_dim,
@@ -116,12 +119,15 @@ class _Compiled:
         if dtype != torch.float32 or not decode.usable(layers.cache.rows):
             return None
         made = cls(layers.model, layers.cache)
-        for number, layer in enumerate(layers.layers, start=layers.first):
-            if not made._add(layer, layers.cache.rows[number]):
-                return None
-        return made
+        found = [
+            made._layer(layer, layers.cache.rows[number])
+            for number, layer in enumerate(layers.layers, start=layers.first)
+        ]
+        known = [layer for layer in found if layer is not None]
+        made.layers = decode.chain(known)
+        return made if len(known) == len(found) else None
 
-    def _add(self, layer: DecoderLayer, rows: Tensor) -> bool:
+    def _layer(self, layer: DecoderLayer, rows: Tensor) -> decode.Layer | None:
         attention, mlp = layer.self_attn, layer.mlp
         weights: dict[str, AnyWeight | None] = {
             "kv_a": _weight(attention.kv_a_proj_with_mqa),
@@ -145,7 +151,7 @@ class _Compiled:
             weights[name] = _weight(getattr(routed, f"{name}_proj"))
         if isinstance(mlp, MoE):
             if type(mlp.dispatcher) is not LocalDispatcher:
-                return False
+                return None
             experts = mlp.gate.weight.shape[0]
             weights["router"] = mlp.gate.weight.detach()
             numbers["bias"] = mlp.gate.e_score_correction_bias
@@ -154,16 +160,13 @@ class _Compiled:
                     weights[f"shared_{name}"] = _weight(getattr(mlp.shared_experts, f"{name}_proj"))
         numbers |= {name: norm.weight.detach().float().contiguous() for name, norm in norms.items()}
         if not all(map(decode.packs, weights.values())):
-            return False
+            return None
         self.kept += [*weights.values(), *numbers.values()]
-        self.chain.append(
-            decode.Layer(
-                **{name: decode.matrix(w) for name, w in weights.items() if w is not None},
-                **{name: tensor.data_ptr() for name, tensor in numbers.items()},
-                experts=experts,
-            )
+        return decode.Layer(
+            **{name: decode.matrix(w) for name, w in weights.items() if w is not None},
+            **{name: tensor.data_ptr() for name, tensor in numbers.items()},
+            experts=experts,
         )
-        return True
 
     def run(self, spans: Sequence[Span], x_ND: Tensor) -> Tensor:
         """See :meth:`Layers.run`."""
@@ -173,14 +176,21 @@ class _Compiled:
         lengths = np.array([s.stop - s.first for s in spans])
         begins = np.repeat(np.cumsum(lengths) - lengths, [s.stop - s.start for s in spans])
         counts = positions + 1
-        rotation = self.model.context(torch.from_numpy(positions)).rotation.contiguous()
+        rotation = self._rotations(positions)
         x_ND = x_ND.clone(memory_format=torch.contiguous_format)
         batch = decode.Batch(
             len(positions), rotation.data_ptr(), slots.ctypes.data, keys.ctypes.data, begins.ctypes.data,
             counts.ctypes.data,
         )  # fmt: skip
-        decode.layers(self.chain, self.shape, batch, x_ND)
+        decode.layers(self.layers, self.shape, batch, x_ND)
         return x_ND
+
+    def _rotations(self, positions: np.ndarray) -> Tensor:
+        last = int(positions.max())
+        if last >= len(self.turns):
+            places = torch.arange(1 << (last + 64).bit_length())
+            self.turns = self.model.context(places).rotation.flatten(1).contiguous()
+        return self.turns[torch.from_numpy(positions)]
 
 
 def _weight(module: Linear | GroupedLinear) -> AnyWeight | None:

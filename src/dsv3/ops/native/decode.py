@@ -152,9 +152,13 @@ def experts(
     return out
 
 
-def layers(chain: Sequence[Layer], shape: Shape, batch: Batch, x_ND: Tensor) -> None:
+def chain(layers: Sequence[Layer]) -> ctypes.Array[Layer]:
+    """Layers one after the other."""
+    return (Layer * len(layers))(*layers)
+
+
+def layers(array: ctypes.Array[Layer], shape: Shape, batch: Batch, x_ND: Tensor) -> None:
     """Run ``x_ND`` (FP32, contiguous) through the layers, in place."""
-    array = (Layer * len(chain))(*chain)
     _library().dsv3_layers(
-        array, len(chain), ctypes.byref(shape), ctypes.byref(batch), x_ND.data_ptr(), torch.get_num_threads()
+        array, len(array), ctypes.byref(shape), ctypes.byref(batch), x_ND.data_ptr(), torch.get_num_threads()
     )
