@@ -67,7 +67,7 @@ def test_algebra_is_judged_from_threads_and_given_up_in_time() -> None:
 
 def test_format_reward() -> None:
     good = "<think>\nso\n</think>\n\n\\boxed{1}"
-    bad = ["\\boxed{1}", "<think>so \\boxed{1}", "<think></think>\\boxed{1}", "<think>a</think>1", good + good,
+    bad = ["\\boxed{1}", "<think>so \\boxed{1}", "<think></think>\\boxed{1}", "<think>a</think>1", good * 2,
            "x" + good, "<think>a</think>\\boxed{}", "<think>a</think>\\boxed{1}\\boxed{2}"]  # fmt: skip
     assert format_reward([""] * 9, [good, *bad]) == [1] + [0] * 8
     assert format_reward(["Question<think>\n"], [good.removeprefix("<think>")]) == [1]

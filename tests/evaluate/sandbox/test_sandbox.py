@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +28,8 @@ def level(request: pytest.FixtureRequest) -> Level:
     return request.param
 
 
-def left() -> list[str]:
-    """Processes of any sandbox of ours that still live."""
+def left(jail: str = "") -> list[str]:
+    """Processes of any sandbox of ours (or another caller's) that still live."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -35,14 +37,14 @@ def left() -> list[str]:
             dead = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
         except OSError:
             continue
-        if _compiled().encode() in words and not dead:
+        if (jail or _compiled()).encode() in words and not dead:
             found.append(folder.name)
     return found
 
 
-def none_left() -> bool:
+def none_left(jail: str = "") -> bool:
     for _ in range(100):
-        if not left():
+        if not left(jail):
             return True
         time.sleep(0.05)
     return False
@@ -113,6 +115,30 @@ print("left")
     else:
         assert "PermissionError" in outcome.stderr  # no processes at all
     assert outcome.seconds < 15 and none_left()
+
+
+def test_leaving_the_process_group_does_not_help(level: Level) -> None:
+    source = "import os, time\ntry: os.setsid()\nexcept OSError: pass\ntime.sleep(999)"
+    assert Sandbox(level=level, seconds=SHORT).run(source).status == "timeout"
+    assert none_left()
+
+
+def test_a_killed_caller_leaves_nothing(level: Level) -> None:
+    caller = f"""
+from dsv3.evaluate.sandbox.run import Sandbox, _compiled
+print(_compiled(), flush=True)
+Sandbox(level={level!r}, seconds=600).run("import time; time.sleep(600)")
+"""
+    with subprocess.Popen([sys.executable, "-c", caller], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        jail = process.stdout.readline().strip()
+        for _ in range(200):
+            if len(left(jail)) == (2 if level == "namespaces" else 1):
+                break
+            time.sleep(0.05)
+        time.sleep(0.5)  # past the doors
+        process.kill()
+    assert none_left(jail)
 
 
 def test_endless_output_is_cut(level: Level) -> None:

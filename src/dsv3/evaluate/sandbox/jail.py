@@ -2,8 +2,9 @@
 
 It is started by :mod:`dsv3.evaluate.sandbox.run`, compiled beforehand, and imports very little: its start is
 paid for by every program. Arguments: a fresh folder holding ``program.py``; the level; a descriptor that is
-told ``ok`` or what failed, and is closed before the program starts; the limits (bytes of memory, seconds of
-processor time, processes, bytes of disk); Python's folders; ``--``; more folders to read and import from.
+told ``ok`` or what failed, and is closed before the program starts; whether to end with the thread that
+started it; the limits (bytes of memory, seconds of processor time, processes, bytes of disk); Python's
+folders; ``--``; more folders to read and import from.
 
 ``namespaces``: a network without interfaces, a process tree of its own (its end is everyone's end), a file
 tree made of Python's folders, read-only, and an empty ``/tmp`` of bounded size. As root the program becomes a
@@ -78,7 +79,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str =
     )
 
 
-def namespaces(base: str, read: list[str], disk: int) -> None:
+def namespaces(base: str, read: list[str], disk: int, tied: bool) -> None:
     """Leave the machine's network, processes, users and files; returns in process 1 of the new tree.
 
     The old process stays behind, waits, and ends as its child did.
@@ -96,13 +97,14 @@ def namespaces(base: str, read: list[str], disk: int) -> None:
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
+    if tied:
+        call("prctl", 1, 9)
     child = os.fork()
     if child:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code < 0:  # end by the same signal, so that the outside sees it
             os.kill(os.getpid(), -code)
         os._exit(code)
-    call("prctl", 1, 9)  # PR_SET_PDEATHSIG: process 1 ends with the one who waits
 
     mount("none", "/", None, REC | PRIVATE)
     root = os.path.join(base, "root")
@@ -133,6 +135,8 @@ def namespaces(base: str, read: list[str], disk: int) -> None:
         os.setresgid(own, own, own)
         os.setresuid(own, own, own)
     no_capabilities()
+    # Last, for a change of user undoes it; a program that left the process group is reached by this alone.
+    call("prctl", 1, 9)  # PR_SET_PDEATHSIG: process 1 ends with the one who waits
 
 
 def no_capabilities() -> None:
@@ -235,16 +239,18 @@ def limit(memory: int, cpu: int, processes: int, file_size: int) -> None:
 
 
 def main() -> None:
-    base, level, *numbers = sys.argv[1:8]
-    status, memory, cpu, processes, disk = map(int, numbers)
-    read, path = sys.argv[8 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+    base, level, *numbers = sys.argv[1:9]
+    status, tied, memory, cpu, processes, disk = map(int, numbers)
+    read, path = sys.argv[9 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
     with open(os.path.join(base, "program.py"), encoding="utf-8") as file:
         source = file.read()
     try:
         if level == "namespaces":
-            namespaces(base, read + path, disk)
+            namespaces(base, read + path, disk, bool(tied))
         else:
             os.chdir(os.path.join(base, "work"))
+            if tied and sys.platform == "linux":
+                call("prctl", 1, 9)
         if level == "filters":
             landlock(base, read + path)
         limit(memory, cpu, processes, disk)

@@ -90,7 +90,8 @@ class Sandbox:
     ) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
         """The program as a process with pipes; on leaving, it and all it started are dead, its files gone.
 
-        ``stdin`` None leaves a pipe to write to. Yields the process and when it was started (monotonic).
+        With ``stdin`` it also dies with the calling thread, kill -9 included. None leaves a pipe to write to,
+        whose end the program has to heed. Yields the process and when it was started (monotonic).
         """
         level = self.level or strongest()
         begun = time.monotonic()
@@ -101,7 +102,14 @@ class Sandbox:
             for folder in ("root", "work"):
                 os.mkdir(os.path.join(base, folder))
             Path(base, "program.py").write_text(source, encoding="utf-8", errors="replace")
-            limits = (status, self.memory, int(self.seconds) + 1, self.processes, self.disk)
+            limits = (
+                status,
+                int(stdin is not None),
+                self.memory,
+                int(self.seconds) + 1,
+                self.processes,
+                self.disk,
+            )
             entrance: int | IO[bytes] = subprocess.PIPE
             if stdin is not None:
                 entrance = tempfile.TemporaryFile()  # noqa: SIM115 (closed below, once the child has it)
