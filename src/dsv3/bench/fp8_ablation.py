@@ -40,6 +40,10 @@ VARIATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "FP32, gradients summed in two halves: what rounding alone does",
         ("--batch.micro_sequences", "4"),
     ),
+    "fp32-bf16-moments": (
+        "FP32, AdamW's moments in BF16 as in every FP8 run",
+        ("--optimizer.moments", "bf16"),
+    ),
     "fp8": ("FP8, the report's recipe", FP8),
     "tensor-scales": (
         "FP8, one scale a tensor",
