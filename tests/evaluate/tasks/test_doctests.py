@@ -109,6 +109,7 @@ def test_functions_that_stand_alone_are_kept(cases: dict[str, doctests.Case]) ->
 
 def test_hidden_examples_are_not_in_the_prompt(cases: dict[str, doctests.Case]) -> None:
     asked = example(cases, "area")
+    assert asked.metadata["hidden"] == [3]  # not 4, which compares for itself
     assert "import math\ndef area(radius: Unknown, digits=2):" in asked.prompt
     assert (
         "functools" not in asked.prompt and "math.pi" not in asked.prompt and "homework" not in asked.prompt

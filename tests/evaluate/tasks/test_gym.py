@@ -41,6 +41,11 @@ def test_an_answer_is_not_evaluated_here(tmp_path: object) -> None:
     attack = f"[__import__('pathlib').Path('{tmp_path}/made').touch() or 1]"
     assert task.verify(f"\\boxed{{{attack}}}", example) < 1
     assert not list(tmp_path.iterdir())  # type: ignore[attr-defined]
+    numbers = example.answer.split()
+    listed = f"[{', '.join(numbers)}]"
+    assert task.verify(f"\\boxed{{{listed}}}", example) > 0.05  # the scorer's discount for a list
+    computed = f"[{', '.join(numbers[:-1])}] + [{numbers[-1]}]"
+    assert task.verify(f"\\boxed{{{computed}}}", example) < task.verify(f"\\boxed{{{listed}}}", example)
 
 
 def test_another_process_draws_the_same() -> None:
