@@ -163,7 +163,10 @@ def test_logprobs_are_the_models_own() -> None:
     [
         ({"temperature": -1}, r"temperature \(-1\) must be from 0 to 100"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0}, r"top_p \(0\) must be above 0"),
+        ({"top_p": 0}, r"top_p \(0\) must be at least 1e-06"),
+        ({"top_p": 5e-324}, r"top_p \(5e-324\) must be at least"),
+        ({"repetition_penalty": 5e-324}, r"repetition_penalty \(5e-324\) must be at least 0.01"),
+        ({"temperature": 1e-9}, r"temperature \(1e-09\) must be 0.* or at least 0.0001"),
         ({"top_p": 1.5}, r"top_p \(1.5\) must be from 0 to 1"),
         ({"max_tokens": -1}, r"max_tokens \(-1\) must be at least 0"),
         ({"max_tokens": 1.5}, r"max_tokens \(1.5\) must be a whole number"),

@@ -74,9 +74,13 @@ class SamplingParams:
             if not low <= value <= high:
                 limit = f"from {low} to {high}" if math.isfinite(high) else f"at least {low}"
                 raise UserError(f"{name} ({value}) must be {limit}")
-        if self.top_p == 0 or self.repetition_penalty == 0:
-            name = "top_p" if self.top_p == 0 else "repetition_penalty"
-            raise UserError(f"{name} (0) must be above 0; 1 switches it off")
+        for name, least in (("top_p", LEAST_TOP_P), ("repetition_penalty", 0.01)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} ({getattr(self, name)}) must be at least {least}; 1 switches it off")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"temperature ({self.temperature}) must be 0, the likeliest token, or at least {LEAST_TEMPERATURE}"
+            )
         for ids, name in ((self.stop_token_ids, "stop_token_ids"), (self.logit_bias, "logit_bias")):
             if not all(isinstance(number, int) and number >= 0 for number in ids):
                 raise UserError(f"{name} ({ids!r}) must name tokens by their ids, 0 or more")
@@ -121,6 +125,7 @@ class SamplingParams:
         return "grammar" if self.json_schema is None else "json_schema"
 
 
+LEAST_TEMPERATURE, LEAST_TOP_P = 1e-4, 1e-6  # FP32 may take less for 0
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 0, math.inf), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, math.inf),
     ("min_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -100, 100),

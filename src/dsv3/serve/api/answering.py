@@ -22,12 +22,11 @@ from dsv3.serve.api.schemas import FinishReason, Sampling, TopLogprob, UsageBody
 from dsv3.serve.api.settings import Settings
 from dsv3.serve.api.worker import CUT, Job, Worker
 from dsv3.serve.engine import Engine, Update, Usage
-from dsv3.serve.params import SamplingParams
+from dsv3.serve.params import LEAST_TEMPERATURE, LEAST_TOP_P, SamplingParams
 from dsv3.serve.sequence import TokenLogprob
 
 log = logging.getLogger("dsv3.serve")
 T = TypeVar("T")
-LEAST_TEMPERATURE, LEAST_TOP_P = 1e-4, 1e-6
 KEEP_ALIVE = 10.0  # seconds without a token after which a stream says that it lives
 
 
