@@ -79,7 +79,8 @@ class SamplingParams:
                 raise UserError(f"{name} ({getattr(self, name)}) must be at least {least}; 1 switches it off")
         if 0 < self.temperature < LEAST_TEMPERATURE:
             raise UserError(
-                f"temperature ({self.temperature}) must be 0, the likeliest token, or at least {LEAST_TEMPERATURE}"
+                f"temperature ({self.temperature}) must be 0, the likeliest token, or at least"
+                f" {LEAST_TEMPERATURE}"
             )
         for ids, name in ((self.stop_token_ids, "stop_token_ids"), (self.logit_bias, "logit_bias")):
             if not all(isinstance(number, int) and number >= 0 for number in ids):
