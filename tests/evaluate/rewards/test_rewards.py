@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ def test_task_reward_asks_each_rows_verifier() -> None:
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     assert task_reward(chats, messages, **given, trainer_state=None) == [1, 1, 1, 1]
     assert task_reward(prompts[:3], right[1:], **{k: v[:3] for k, v in given.items()}) == [0, 0, 0]
+    texts = {**given, "metadata": [json.dumps(facts) for facts in given["metadata"]]}
+    assert task_reward(prompts, right, **texts) == [1, 1, 1, 1]
     given["task"][1] = None
     assert task_reward(prompts, right, **given) == [1, None, 1, 1]
     assert task_reward(["p"], ["c"], solution=["1"]) == [None]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from dsv3.common.errors import UserError
@@ -52,6 +54,17 @@ def test_another_process_draws_the_same() -> None:
     program = f"from dsv3.evaluate.tasks import get\nprint([get(name, 2).sample(5).id for name in {FEW}])"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert said == f"{[get(name, 2).sample(5).id for name in FEW]}\n"
+
+
+def test_the_state_of_the_process_is_left_alone() -> None:
+    """decimal_arithmetic sets decimal's precision and pool_matrix numpy's seed; neither gets out."""
+    before = get("gym/decimal_chain_sum", 4).sample(0)
+    precision, state = decimal.getcontext().prec, np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    get("gym/decimal_arithmetic").sample(0)
+    get("gym/pool_matrix").sample(0)
+    assert decimal.getcontext().prec == precision
+    assert np.random.get_state()[1].tolist() == state  # type: ignore[union-attr]
+    assert get("gym/decimal_chain_sum", 4).sample(0) == before
 
 
 def test_names_and_mistakes() -> None:

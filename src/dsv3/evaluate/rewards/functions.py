@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,12 +35,13 @@ def task_reward(
     *,
     task: Sequence[str | None] | None = None,
     answer: Sequence[str] = (),
-    metadata: Sequence[dict[str, Any]] = (),
+    metadata: Sequence[dict[str, Any] | str] = (),
     **columns: Any,
 ) -> list[float | None]:
     """The score of each row's own verifier; None for rows that belong to no task of ours.
 
-    Columns ``task``, ``answer``, ``metadata`` (and ``id``): what :meth:`Example.row` gives.
+    Columns ``task``, ``answer``, ``metadata`` (and ``id``): what :meth:`Example.row` gives. ``metadata`` may be
+    its JSON text: tables with typed columns would fill every row with the keys of all.
     """
     if task is None:
         return [None] * len(completions)
@@ -50,10 +52,14 @@ def task_reward(
             scores.append(None)
             continue
         example = tasks.Example(
-            identifiers[at], name, text_of(prompts[at]), answer[at], dict(metadata[at] or {})
+            identifiers[at], name, text_of(prompts[at]), answer[at], _loaded(metadata[at])
         )
         scores.append(_task(name).verify(text_of(completions[at]), example))
     return scores
+
+
+def _loaded(metadata: Any) -> dict[str, Any]:
+    return dict(json.loads(metadata) if isinstance(metadata, str) else metadata or {})
 
 
 def boxed_reward(

@@ -39,7 +39,9 @@ LEFT_OUT = {
 NO_SOLUTION = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 
 SOURCE = """
+import decimal
 import functools
+import numpy
 from reasoning_gym import create_dataset
 from reasoning_gym.factory import CURRICULA, create_curriculum
 
@@ -56,6 +58,15 @@ def dataset(name, difficulty, size, block):
             except AssertionError:
                 pass  # some curricula lead out of what their task accepts
     return create_dataset(name, **own)
+
+def item(name, difficulty, size, block, index):
+    # Some tasks set the precision of decimals, or numpy's seed, for the whole process, and others obey.
+    state = numpy.random.get_state()
+    try:
+        with decimal.localcontext(decimal.DefaultContext):
+            return dataset(name, difficulty, size, block)[index]
+    finally:
+        numpy.random.set_state(state)
 """
 # Those that evaluate an answer get a reader of literals in eval's place.
 SCORING = """
@@ -66,11 +77,11 @@ for module in (binary_matrix, number_sorting, spiral_matrix, string_insertion, n
     module.eval = ast.literal_eval
 
 def answer(request):
-    source = dataset(request["name"], request["difficulty"], request["size"], request["block"])
-    entry = source[request["index"]]
+    where = [request[key] for key in ("name", "difficulty", "size", "block")]
+    entry = item(*where, request["index"])
     if entry["question"] != request["question"]:
         return "another item"
-    return float(source.score_answer(request["given"], entry))
+    return float(dataset(*where).score_answer(request["given"], entry))
 """
 
 
@@ -112,8 +123,10 @@ class GymTask:
             raise UserError(f"difficulty ({difficulty}) of gym/{name} must be from 1 to {DIFFICULTIES[-1]}")
         self.name, self.inner, self.difficulty, self.seed = f"gym/{name}", name, difficulty, seed
 
-    def _items(self, where: dict[str, Any]) -> Any:
-        return _library()["dataset"](self.inner, where["difficulty"], SIZE, where["block"])
+    def _item(self, where: dict[str, Any]) -> dict[str, Any]:
+        """Question, answer and metadata of an item; the state of the process stays as it was."""
+        found: dict[str, Any] = _library()["item"](self.inner, size=SIZE, **where)
+        return found
 
     def sample(self, index: int, split: Split = "train") -> Example:
         checked(index, split)
@@ -123,7 +136,7 @@ class GymTask:
             if draw % TRIES == 0:
                 where["block"] = rng.randrange(BLOCKS)
             where["index"] = rng.randrange(SIZE)
-            item = self._items(where)[where["index"]]
+            item = self._item(where)
             identifier = content_id(self.name, item["question"])
             if split_of(identifier) == split:
                 return Example(identifier, self.name, item["question"], str(item["answer"]), where)
@@ -133,7 +146,7 @@ class GymTask:
         """The library's answer; its worked steps where it gives them (gsm_symbolic)."""
         if self.inner in NO_SOLUTION or example.answer == "None":
             return None
-        steps = self._items(example.metadata)[example.metadata["index"]]["metadata"].get("answer_cot")
+        steps = self._item(example.metadata)["metadata"].get("answer_cot")
         return Solution(str(steps or ""), example.answer)
 
     def verify(self, completion: str, example: Example) -> float:
