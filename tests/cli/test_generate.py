@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,12 @@ def test_chat(folder: Path) -> None:
         ids, _ = encode(llm.tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
         wanted += llm.generate([ids], wish)[0].text + "\n"
     assert done.stdout == wanted.replace("\r\n", "\n").replace("\r", "\n")  # as text mode reads it
+
+
+def test_chat_says_how_fast_it_was(folder: Path) -> None:
+    done = dsv3("chat", str(folder), "--max-tokens", "4", "--speed", said="some words\n/exit\n")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\[4 tokens, [0-9.]+ a second .* GB of weights, .* GB/s: \d+ % of it used", done.stderr)
 
 
 def test_chat_keeps_its_history_and_reads_it_from_the_cache(

@@ -18,6 +18,7 @@ from dsv3.serve.handover import Handover, from_wire, give, take, to_wire
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence
 from tests.model.build import tiny_model
+from tests.serve.test_grammar import engine_of as constrained
 from tests.serve.test_schedules import VOCAB, beginning, check_blocks, model
 
 WISH = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True, logprobs=2)
@@ -216,3 +217,20 @@ def test_bytes_of_a_token() -> None:
     assert handover.arrays["ends"].shape == (2, model().config.hidden_size)
     assert handover.arrays["rows"].nbytes == 3 * 33 * width * 2
     assert 61 * (512 + 64) * 2 == 70_272 and 62 * 1152 + 7168 * 2 // 16 == 72_320
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_document_goes_on_under_its_schema(drafts: int) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["yes", "no"]}}, "required": ["a"]}
+    params = SamplingParams(max_tokens=40, temperature=0, json_schema=schema)
+    first, second, alone = (constrained(drafts) for _ in range(3))
+    prompt = list(range(1, 20))
+    wanted = run(alone, prompt, params)
+    sequence = step_until_it_answers(first, prompt, params, 1)
+    assert not sequence.finished
+    moved = give(second, over_the_wire(take(first, sequence)), "moved")
+    assert moved is not None
+    while second.busy:
+        second.step()
+    assert moved.tokens == wanted.tokens and moved.finish_reason == wanted.finish_reason
+    assert moved.text.text == wanted.text.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +28,18 @@ def chat(
     seed: int = typer.Option(None, "--seed", min=0, help="of the sampling; not given: new ones"),
     draft_tokens: int = typer.Option(None, "--draft-tokens", min=0, max=8, help=DRAFTS),
     quantize: str = typer.Option(None, "--quantize", help=QUANTIZE),
+    speed: bool = typer.Option(
+        False,
+        "--speed",
+        help="after each answer: tokens/s, and weights read beside the memory's bandwidth",
+    ),
 ) -> None:
     """Talk with a model. Ctrl-C ends an answer, /new a conversation, Ctrl-D or /exit the program."""
     from dsv3.serve.params import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     llm = open_llm(folder, draft_tokens, quantize)
+    meter = Meter(llm) if speed else None
     beginning = [{"role": "system", "content": system}] if system else []
     messages = list(beginning)
     while True:
@@ -47,7 +54,38 @@ def chat(
             messages = list(beginning)
         elif said.strip():
             messages.append({"role": "user", "content": said})
+            if meter:
+                meter.start()
             _answer(llm, messages, params)
+            if meter:
+                typer.echo(meter.line(), err=True)
+
+
+class Meter:
+    """What an answer took, beside what the memory could give."""
+
+    def __init__(self, llm: LLM):
+        from dsv3.bench.decode_worker import bandwidth, weight_bytes
+
+        self.stats, self.bytes, self.bandwidth = llm.engine.stats, weight_bytes(llm.engine.model), bandwidth()
+        self.start()
+
+    def start(self) -> None:
+        """An answer begins."""
+        self.tokens, self.started = self.stats.completion_tokens, time.perf_counter()
+
+    def line(self) -> str:
+        """Of the answer since :meth:`start`, its prompt included."""
+        import psutil
+
+        tokens, seconds = self.stats.completion_tokens - self.tokens, time.perf_counter() - self.started
+        held = psutil.Process().memory_info().rss
+        return (
+            f"[{tokens} tokens, {tokens / seconds:.2f} a second with the prompt; a token reads"
+            f" {self.bytes / 1e9:.2f} GB of weights, the memory gives {self.bandwidth / 1e9:.1f} GB/s:"
+            f" {100 * tokens / seconds * self.bytes / self.bandwidth:.0f} % of it used;"
+            f" {held / 1e9:.1f} GB in memory]"
+        )
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from dsv3.evaluate.sandbox import MIB, Level, Sandbox, Service, Unavailable, run
 from dsv3.evaluate.sandbox.run import _compiled
 
 SHORT = 1.5  # seconds for programs that never end
+OTHERS: set[str] = set()  # processes that were there before
 
 
 @pytest.fixture(params=["namespaces", "filters"])
@@ -28,6 +30,14 @@ def level(request: pytest.FixtureRequest) -> Level:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _others() -> Iterator[None]:
+    """Services of other tests in this process are none of ours."""
+    OTHERS.clear()
+    OTHERS.update(left())
+    yield
+
+
 def left(jail: str = "") -> list[str]:
     """Processes of any sandbox of ours (or another caller's) that still live."""
     found = []
@@ -37,7 +47,7 @@ def left(jail: str = "") -> list[str]:
             dead = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] in "ZX"
         except OSError:
             continue
-        if (jail or _compiled()).encode() in words and not dead:
+        if (jail or _compiled()).encode() in words and not dead and folder.name not in OTHERS:
             found.append(folder.name)
     return found
 

@@ -40,8 +40,8 @@ def task_reward(
 ) -> list[float | None]:
     """The score of each row's own verifier; None for rows that belong to no task of ours.
 
-    Columns ``task``, ``answer``, ``metadata`` (and ``id``): what :meth:`Example.row` gives. ``metadata`` may be
-    its JSON text: tables with typed columns would fill every row with the keys of all.
+    Columns ``task``, ``answer``, ``metadata`` (and ``id``): what :meth:`Example.row` gives. ``metadata`` may
+    be its JSON text: tables with typed columns would give every row the keys of all.
     """
     if task is None:
         return [None] * len(completions)
