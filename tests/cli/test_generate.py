@@ -60,7 +60,7 @@ def test_chat(folder: Path) -> None:
 def test_chat_says_how_fast_it_was(folder: Path) -> None:
     done = dsv3("chat", str(folder), "--max-tokens", "4", "--speed", said="some words\n/exit\n")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"\[4 tokens, [0-9.]+ a second .* GB of weights, .* GB/s: \d+ % of it used", done.stderr)
+    assert re.search(r"\[4 tokens, [0-9.]+ a second .*B of weights, .*B/s: \d+ % of it used", done.stderr)
 
 
 def test_chat_keeps_its_history_and_reads_it_from_the_cache(

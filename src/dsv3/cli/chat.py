@@ -78,13 +78,15 @@ class Meter:
         """Of the answer since :meth:`start`, its prompt included."""
         import psutil
 
+        from dsv3.common.progress import human
+
         tokens, seconds = self.stats.completion_tokens - self.tokens, time.perf_counter() - self.started
         held = psutil.Process().memory_info().rss
         return (
             f"[{tokens} tokens, {tokens / seconds:.2f} a second with the prompt; a token reads"
-            f" {self.bytes / 1e9:.2f} GB of weights, the memory gives {self.bandwidth / 1e9:.1f} GB/s:"
+            f" {human(self.bytes)}B of weights, the memory gives {human(self.bandwidth)}B/s:"
             f" {100 * tokens / seconds * self.bytes / self.bandwidth:.0f} % of it used;"
-            f" {held / 1e9:.1f} GB in memory]"
+            f" {human(held)}B in memory]"
         )
 
 

@@ -295,3 +295,15 @@ def answer(request):
     finally:
         service.close()
     assert none_left()
+
+
+def test_a_folder_to_read_may_lie_below_tmp(level: Level, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("library")  # as a checkout's environment may
+    folder.chmod(0o755)
+    (folder / "given.py").write_text("word = 'found'")
+    (folder / "given.py").chmod(0o644)
+    for parent in [*folder.parents][:2]:
+        parent.chmod(0o755)
+    program = f"import sys; sys.path.insert(0, {str(folder)!r})\nimport given\nprint(given.word)"
+    found = Sandbox(level=level, read=(str(folder),), seconds=20).run(program)
+    assert found.stdout == "found\n", found

@@ -122,7 +122,7 @@ def namespaces(base: str, read: list[str], disk: int, tied: bool) -> None:
     for path in ("/dev/null", "/dev/urandom"):
         open(root + path, "w").close()
         mount(path, root + path, None, BIND)
-    os.mkdir(root + "/tmp")
+    os.makedirs(root + "/tmp", exist_ok=True)  # a folder to read may lie below it
     os.chmod(root + "/tmp", 0o777)
     os.chdir(root)
     column = MACHINES[os.uname().machine][0]
