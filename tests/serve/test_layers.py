@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from dsv3.checkpoint.hf import load, save
 from dsv3.model import DeepSeekV3
 from dsv3.model.linear import Linear
 from dsv3.ops.native import decode
@@ -84,6 +86,19 @@ def test_with_packed_weights_and_every_cache(kind: str, integers: Integers | Non
     tolerance = 1e-4 if kind == "float32" else 2e-2  # a row may be rounded to the next number
     for ours, theirs in zip(ran(model, kind, True), ran(model, kind, False)):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@torch.inference_mode()
+def test_with_fp8_weights_whose_heads_lie_across_blocks(tmp_path: Path) -> None:
+    # A head's values are outputs 112 to 131 of kv_b_proj: two blocks with scales far apart.
+    model = tiny_model(num_attention_heads=4, qk_nope_head_dim=24, v_head_dim=20)
+    for layer in model.main_layers:
+        layer.self_attn.kv_b_proj.weight[128:] *= 50
+    save(model, tmp_path / "fp8", fp8=True)
+    frozen = load(tmp_path / "fp8", dtype="float32", quantize="fp8")
+    install(frozen)
+    for ours, theirs in zip(ran(frozen, "float32", True), ran(frozen, "float32", False)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @torch.inference_mode()

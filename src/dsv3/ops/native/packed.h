@@ -163,7 +163,7 @@ inline void numbers(const Matrix& m, int64_t row, int64_t k, int64_t n, v16 leve
 
 inline float factor(const Matrix& m, int64_t row) { return m.kind == INT8 ? m.scales[row] : 1.0f; }
 
-// A row as FP32, filled up with zeros to a multiple of 32; without the factor.
+// A row as FP32, filled up to a multiple of 32 (INT4 not with zeros: those of x do); without the factor.
 template <int kind> inline void decode(const Matrix& m, int64_t row, float* out) {
     const int64_t scales = m.row_scales(), wide = span<kind>(m);
     v16 level{};
@@ -171,9 +171,6 @@ template <int kind> inline void decode(const Matrix& m, int64_t row, float* out)
         v16 low, high;
         if (k % wide == 0) level = levels<kind>(m, row, k / wide, scales);
         numbers<kind>(m, row, k, m.inputs - k, level, low, high);
-        if (kind == INT4 && m.inputs - k < 32) {  // what fills the last span up is no zero
-            for (int i = int(m.inputs - k); i < 32; ++i) (i < 16 ? low[i] : high[i - 16]) = 0;
-        }
         store(out + k, low);
         store(out + k + 16, high);
     }
