@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import asdict
 from typing import Any
@@ -34,7 +35,7 @@ from dsv3.serve.sequence import Sequence
 BACKLOG = 2**28  # bytes of handovers not yet sent, from which on no further prompt is computed
 
 
-class Peer:
+class Peer(ABC):
     """What both have in common. ``timeout``: seconds after which a standing transfer is given up."""
 
     def __init__(self, engine: Engine, control: Channel, timeout: float):
@@ -81,9 +82,9 @@ class Peer:
         self.control.send({**told, "kind": "update", "id": number, "index": index})
 
     @property
+    @abstractmethod
     def moving(self) -> int:
         """Handovers on their way."""
-        raise NotImplementedError
 
     def may_step(self) -> bool:
         """Whether the engine may go on."""
@@ -93,17 +94,17 @@ class Peer:
         """Where connections come in."""
         return None
 
+    @abstractmethod
     def connections(self) -> list[Channel]:
         """To or from the other process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transfer(self) -> None:
         """Move handovers along."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tell(self, update: Update) -> None:
         """A step has added to an answer."""
-        raise NotImplementedError
 
 
 def key_of(number: int, index: int) -> str:

@@ -29,6 +29,8 @@ class Open(BaseModel):
 
 
 class StreamOptions(Open):
+    """What a stream brings beside the answer."""
+
     include_usage: bool = Field(False, description="a last chunk with the usage")
 
 
@@ -68,22 +70,30 @@ class Sampling(Open):
 
 
 class TextPart(Open):
+    """A piece of a message; images are refused."""
+
     type: Literal["text"]
     text: str
 
 
 class FunctionCall(Open):
+    """A function's name, and its arguments as JSON text."""
+
     name: str = Field(max_length=256)
     arguments: str = "{}"
 
 
 class ToolCall(Open):
+    """A call an assistant's earlier message made."""
+
     id: str = Field("", max_length=256)
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class Message(Open):
+    """One message of a conversation; ``prefix`` asks to continue it (DeepSeek's)."""
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] | None = Field(None, max_length=256)
@@ -100,31 +110,43 @@ class Message(Open):
 
 
 class Function(Open):
+    """A function the model may call; ``parameters`` is a JSON schema."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
 
 
 class Tool(Open):
+    """A tool the model may use: always a function."""
+
     type: Literal["function"] = "function"
     function: Function
 
 
 class NamedFunction(Open):
+    """The function a request insists on."""
+
     name: str
 
 
 class NamedTool(Open):
+    """``tool_choice`` that insists on one function."""
+
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
 class JsonSchema(Open):
+    """The schema an answer must keep to."""
+
     # Read as "schema", which is a name of pydantic's own.
     body: dict[str, Any] = Field(alias="schema")
 
 
 class ResponseFormat(Open):
+    """Free text, any JSON object, or a document under a schema."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -211,10 +233,14 @@ def unknown(model: BaseModel, where: str = "") -> list[str]:
 
 
 class PromptDetails(TypedDict):
+    """Tokens of the prompt that were in the cache."""
+
     cached_tokens: int
 
 
 class CompletionDetails(TypedDict):
+    """Tokens of the answer spent on reasoning; drafts by MTP that stood and that did not."""
+
     reasoning_tokens: int
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
@@ -233,21 +259,29 @@ class UsageBody(TypedDict):
 
 
 class TopLogprob(TypedDict):
+    """A token, its bytes, and the natural logarithm of its probability."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class ChatLogprob(TopLogprob):
+    """A token of the answer with the likeliest beside it."""
+
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(TypedDict):
+    """Of every token of an answer."""
+
     content: list[ChatLogprob]
     refusal: None
 
 
 class CompletionLogprobs(TypedDict):
+    """The same in the shape of the older endpoint; offsets are in characters."""
+
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
@@ -255,11 +289,15 @@ class CompletionLogprobs(TypedDict):
 
 
 class CalledFunction(TypedDict):
+    """What the model calls, its arguments as JSON text."""
+
     name: str
     arguments: str
 
 
 class MadeCall(TypedDict):
+    """A call the model made, under an id of ours."""
+
     id: str
     type: Literal["function"]
     function: CalledFunction
@@ -269,6 +307,8 @@ FinishReason = Literal["stop", "length", "tool_calls", "insufficient_system_reso
 
 
 class ChatAnswer(TypedDict):
+    """The assistant's message; ``reasoning_content`` stood between the think tags."""
+
     role: Literal["assistant"]
     content: str | None
     reasoning_content: NotRequired[str]
@@ -276,6 +316,8 @@ class ChatAnswer(TypedDict):
 
 
 class ChatChoice(TypedDict):
+    """One of ``n`` answers of a chat."""
+
     index: int
     message: ChatAnswer
     logprobs: ChatLogprobs | None
@@ -295,6 +337,8 @@ class ChatCompletion(TypedDict):
 
 
 class CompletionChoice(TypedDict):
+    """One of ``n`` continuations of a prompt."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -314,6 +358,8 @@ class Completion(TypedDict):
 
 
 class ModelCard(TypedDict):
+    """The served model."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -322,11 +368,15 @@ class ModelCard(TypedDict):
 
 
 class ModelList(TypedDict):
+    """All models: one."""
+
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class ErrorDetail(TypedDict):
+    """What went wrong, and in which field."""
+
     message: str
     type: str
     param: str | None
