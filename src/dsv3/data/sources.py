@@ -7,20 +7,21 @@ anything that is missing; :func:`read` yields the documents of one part, in an o
 from __future__ import annotations
 
 import glob
-import gzip
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from dsv3.common.errors import UserError, nearest
 from dsv3.config.data import SourceConfig
 from dsv3.data.fetch import fetched_files
+from dsv3.data.rows import open_unpacked
 from dsv3.data.tokenizer import clean
 
 PART_BYTES = 16_000_000  # files of a source are grouped into parts of about this size
@@ -210,16 +211,6 @@ def cut(text: str, limit: int | None) -> Iterator[str]:
     yield text[start:]
 
 
-def _open_rows(path: str) -> IO[str]:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.endswith(".zst"):
-        import zstandard
-
-        return zstandard.open(path, "rt", encoding="utf-8")
-    return open(path, encoding="utf-8")
-
-
 def _field(row: Any, name: str, origin: str, skipped: Skipped) -> Iterator[Document]:
     text = row.get(name) if isinstance(row, dict) else None
     if isinstance(text, str):
@@ -229,7 +220,7 @@ def _field(row: Any, name: str, origin: str, skipped: Skipped) -> Iterator[Docum
 
 
 def _rows(path: str, origin: str, name: str, skipped: Skipped) -> Iterator[Document]:
-    with _open_rows(path) as lines:
+    with io.TextIOWrapper(open_unpacked(path), encoding="utf-8") as lines:
         try:
             for number, line in enumerate(lines):
                 if line.strip():
