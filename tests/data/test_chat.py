@@ -124,6 +124,19 @@ def test_bad_messages_are_refused() -> None:
         chat.render([{"role": "user", "content": 3}])
     with pytest.raises(UserError, match="content"):
         chat.render([{"role": "assistant", "content": None}])
+    with pytest.raises(UserError, match=r"messages\[0\] \('hi'\) must be an object"):
+        chat.render(["hi"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    "calls", [{"function": {}}, "f", ["f"], [{"name": "f"}], [{"function": {"name": 1}}]]
+)
+def test_bad_calls_and_tools_are_refused(calls: Any) -> None:
+    message = {"role": "assistant", "content": "", "tool_calls": calls}
+    with pytest.raises(UserError, match=r"messages\[1\].tool_calls.* must (be a list|have function)"):
+        chat.render([{"role": "user", "content": "q"}, message])
+    with pytest.raises(UserError, match=r"tools.* must (be a (list|string)|have function.name)"):
+        chat.render([{"role": "user", "content": "q"}], tools=calls)
 
 
 def test_an_answer_to_be_continued_is_left_open() -> None:

@@ -101,14 +101,32 @@ class Rendered:
     spans: list[tuple[int, int]]
 
 
-def _check(messages: Sequence[Message]) -> None:
+def _check(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> None:
     for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(f"messages[{number}] ({message!r}) must be an object with role and content")
         role = message.get("role")
         if role not in ROLES:
             raise UserError(f"messages[{number}].role ({role!r}) must be one of {', '.join(ROLES)}")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        content, calls = message.get("content"), message.get("tool_calls")
+        if not isinstance(content, str) and not (content is None and calls):
             raise UserError(f"messages[{number}].content ({content!r}) must be a string")
+        _check_functions(calls, f"messages[{number}].tool_calls", ("name", "arguments"))
+    _check_functions(tools, "tools", ("name",))
+
+
+def _check_functions(found: Any, where: str, wanted: tuple[str, ...]) -> None:
+    """Calls and tools are lists of ``{"function": {...}}``."""
+    if found is None:
+        return
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise UserError(f"{where} ({found!r}) must be a list")
+    for number, one in enumerate(found):
+        function = one.get("function") if isinstance(one, Mapping) else None
+        if not isinstance(function, Mapping) or any(function.get(key) is None for key in wanted):
+            raise UserError(f"{where}[{number}] ({one!r}) must have function.{' and function.'.join(wanted)}")
+        if not isinstance(function["name"], str):
+            raise UserError(f"{where}[{number}].function.name ({function['name']!r}) must be a string")
 
 
 def _system(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -166,9 +184,9 @@ def pieces(
     ``messages``: dicts with ``role`` and ``content`` (and ``tool_calls``), as in the OpenAI API; ``tools``:
     the API's function descriptions, told in the system prompt. ``continue_final``: the last message, the
     assistant's, is the beginning of an answer: its reasoning stays and nothing ends it. Raises
-    :class:`UserError` for a bad role.
+    :class:`UserError` naming what is malformed.
     """
-    _check(messages)
+    _check(messages, tools)
     found = [Piece(s.BOS, control=True), Piece(_system(messages, tools))]
     after_tool = False
     for number, message in enumerate(messages):
