@@ -35,9 +35,9 @@ def plain(tokens: tuple[int, ...]) -> torch.Tensor:
     return model()(torch.tensor([tokens]), mtp=False).logits_BTV[0].log_softmax(-1)
 
 
-def check(found: list[TokenLogprob | None], tokens: tuple[int, ...], count: int) -> None:
-    assert len(found) == len(tokens) and found[0] is None
-    for place, score in enumerate(found[1:], start=1):
+def check(found: list[TokenLogprob | None], tokens: tuple[int, ...], count: int, start: int = 1) -> None:
+    assert len(found) == len(tokens) and not any(found[:start])
+    for place, score in enumerate(found[start:], start=start):
         row = plain(tokens)[place - 1]
         assert score is not None and score.token_id == tokens[place]
         assert abs(score.logprob - float(row[tokens[place]])) < 2e-4
@@ -56,6 +56,7 @@ def run(engine: Engine) -> list[Update]:
 asks = st.tuples(
     st.integers(0, 1).flatmap(lambda n: st.integers(1, 60).map(lambda length: prompt(n)[:length])),
     st.none() | st.integers(0, 3),  # prompt_logprobs
+    st.just(1) | st.integers(1, 70),  # prompt_logprobs_from
     st.integers(0, 9),  # max_tokens
     st.integers(1, 2),  # n
 )
@@ -64,7 +65,7 @@ asks = st.tuples(
 @settings(max_examples=15)
 @given(st.lists(asks, min_size=1, max_size=5), st.integers(0, 2), st.integers(0, 60), st.integers(6, 12))
 def test_any_schedule(
-    wanted: list[tuple[tuple[int, ...], int | None, int, int]], drafts: int, budget: int, blocks: int
+    wanted: list[tuple[tuple[int, ...], int | None, int, int, int]], drafts: int, budget: int, blocks: int
 ) -> None:
     """Cut prompts, shared beginnings, preemption, drafts: each score once, with the first update."""
     engine = Engine(
@@ -77,15 +78,21 @@ def test_any_schedule(
             cache_tokens=16 * blocks,
         ),
     )
-    for number, (tokens, count, length, n) in enumerate(wanted):
+    for number, (tokens, count, start, length, n) in enumerate(wanted):
         wish = SamplingParams(
-            max_tokens=length, prompt_logprobs=count, n=n, temperature=0.9, seed=1, ignore_eos=True
+            max_tokens=length,
+            prompt_logprobs=count,
+            prompt_logprobs_from=start,
+            n=n,
+            temperature=0.9,
+            seed=1,
+            ignore_eos=True,
         )
         engine.add_request(tokens, wish, str(number))
     told: dict[tuple[str, int], list[Update]] = {}
     for update in run(engine):
         told.setdefault((update.request_id, update.index), []).append(update)
-    for number, (tokens, count, length, n) in enumerate(wanted):
+    for number, (tokens, count, start, length, n) in enumerate(wanted):
         for index in range(n):
             updates = told[str(number), index]
             scores = [update.prompt_logprobs for update in updates]
@@ -93,7 +100,7 @@ def test_any_schedule(
             if count is None or index:
                 assert scores[0] == []
             else:
-                check(scores[0], tokens, count)
+                check(scores[0], tokens, count, start)
             assert sum(len(update.token_ids) for update in updates) == length
             assert updates[-1].finish_reason == "length"
     assert engine.blocks.used == 0
@@ -110,6 +117,15 @@ def test_rows_of_the_cache_tell_nothing() -> None:
         assert (out.token_ids, out.text, out.finish_reason) == ([], "", "length")
     (out,) = llm.generate([tokens], SamplingParams(max_tokens=0))
     assert out.usage.cached_tokens == 48 and out.prompt_logprobs == [] and out.finish_reason == "length"
+
+
+def test_places_left_out_come_from_the_cache() -> None:
+    llm = dsv3.LLM(model(), cache_tokens=512)
+    tokens = prompt(0)[:50]
+    llm.generate([tokens], SamplingParams(max_tokens=0))
+    (out,) = llm.generate([tokens], SamplingParams(max_tokens=0, prompt_logprobs=2, prompt_logprobs_from=40))
+    check(out.prompt_logprobs, tokens, 2, start=40)
+    assert out.usage.cached_tokens == 32  # whole blocks of the 39 tokens before
 
 
 def test_scores_outlive_preemption() -> None:

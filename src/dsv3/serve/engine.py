@@ -93,7 +93,7 @@ class Update:
 
     ``finish_reason``: None while there is more to come; stop, length, or error where the model's logits were
     not finite or the grammar ran into a limit. ``prompt_logprobs``: with the first update of answer 0, if
-    they were asked for: one a token of the prompt, None for the first.
+    they were asked for: one a token of the prompt, None for the first and those left out.
     """
 
     request_id: str
@@ -200,6 +200,7 @@ class Engine:
         if params.constraint is not None or not params.ignore_eos:
             stop_ids |= self.eos_ids
         seed = secrets.randbits(62) if params.seed is None else params.seed
+        unscored: list[TokenLogprob | None] = [None] * min(params.prompt_logprobs_from, len(prompt))
         sequences: list[Sequence] = []
         for index in range(params.n):
             sequences.append(
@@ -211,7 +212,7 @@ class Engine:
                     text=self._detokeniser(params),
                     leader=sequences[0] if sequences else None,
                     matcher=self.grammars.start(params) if self.grammars and params.constraint else None,
-                    prompt_logprobs=[None] if params.prompt_logprobs is not None and not index else None,
+                    prompt_logprobs=None if params.prompt_logprobs is None or index else unscored.copy(),
                 )
             )  # fmt: skip
             self.scheduler.add(sequences[-1])

@@ -28,8 +28,10 @@ class SamplingParams:
     tokens differ; greedy they do not); None draws a new one. ``n`` answers a prompt. ``stop``: texts that end
     the answer and are left out of it; ``stop_token_ids``: tokens that end it, beside end of sentence, which
     ``ignore_eos`` takes for an ordinary one. ``logprobs``: None for none, else how many alternatives beside
-    the chosen token; ``prompt_logprobs`` the same for the prompt's own tokens. ``max_tokens`` 0 adds none:
-    the prompt is only read. ``skip_special``: leave control tokens out of the text.
+    the chosen token; ``prompt_logprobs`` the same for the prompt's own tokens, those before place
+    ``prompt_logprobs_from`` left out (what they share with other prompts can then come from the cache).
+    ``max_tokens`` 0 adds none: the prompt is only read. ``skip_special``: leave control tokens out of the
+    text.
 
     ``json_schema``: the answer is a JSON document valid under this schema (``{"type": "object"}``: any
     object); ``grammar``: it is a text of this grammar, in llguidance's Lark, which names control tokens by
@@ -56,6 +58,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special: bool = True
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 1
     json_schema: Mapping[str, Any] | None = None
     grammar: str | None = None
 
@@ -131,9 +134,11 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 0, math.inf), ("temperature", 0, 100), ("top_p", 0, 1), ("top_k", 0, math.inf),
     ("min_p", 0, 1), ("repetition_penalty", 0, 100), ("presence_penalty", -100, 100),
     ("frequency_penalty", -100, 100), ("seed", 0, 2**63 - 1), ("n", 1, 1024), ("logprobs", 0, TOP_LOGPROBS),
-    ("prompt_logprobs", 0, TOP_LOGPROBS),
+    ("prompt_logprobs", 0, TOP_LOGPROBS), ("prompt_logprobs_from", 1, math.inf),
 )  # fmt: skip
-_WHOLE = frozenset(("max_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"))
+_WHOLE = frozenset(
+    ("max_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs", "prompt_logprobs_from")
+)
 
 
 def _is_finite(value: Any) -> bool:
