@@ -14,6 +14,7 @@ from dsv3.cli import (
     chat,
     convert,
     data,
+    distill,
     evaluate,
     generate,
     init,
@@ -35,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(pretrain.app)
+app.add_typer(distill.app)
 app.add_typer(generate.app)
 app.add_typer(chat.app)
 app.add_typer(serve.app)
