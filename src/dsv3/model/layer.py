@@ -25,7 +25,8 @@ class Step:
     """What passes from one step of a layer to the next.
 
     ``residual_BTD``: the stream after attention; ``u_BTD``: its norm, what the MLP reads. The rest is for
-    layers with experts: ``rows`` are what travels (tokens out, results back).
+    layers with experts: ``rows`` are what travels (tokens out, results back), ``shared_BTD`` the shared
+    experts' output.
     """
 
     residual_BTD: Tensor
@@ -35,6 +36,7 @@ class Step:
     rows: Tensor | None = None
     counts_E: Tensor | None = None
     handle: Any = None
+    shared_BTD: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -74,11 +76,13 @@ class DecoderLayer(nn.Module):
         return replace(step, rows=rows, counts_E=counts, handle=handle)
 
     def experts(self, step: Step) -> Step:
-        """The experts' work on the rows that arrived."""
+        """The shared experts' work while rows are on their way, and the experts' on the rows that arrived."""
         if step.rows is None:
             return step
         assert isinstance(self.mlp, MoE)
-        return replace(step, rows=self.mlp.experts(step.rows, step.counts_E))
+        shared = self.mlp.shared(step.u_BTD)
+        rows = self.mlp.dispatcher.arrive(step.rows, step.handle)
+        return replace(step, rows=self.mlp.experts(rows, step.counts_E), shared_BTD=shared)
 
     def combine(self, step: Step) -> Step:
         """Bring the results back to their tokens, weighted and summed."""
@@ -88,13 +92,13 @@ class DecoderLayer(nn.Module):
         return replace(step, rows=self.mlp.dispatcher.combine(step.rows, step.routing, step.handle))
 
     def aggregate(self, step: Step) -> Tensor:
-        """Shared experts (or the dense MLP) and the residual stream: ``[B, T, D]``."""
+        """The sum of the residual stream and what the experts (or the dense MLP) say: ``[B, T, D]``."""
         if isinstance(self.mlp, MLP):
             return step.residual_BTD + self.mlp(step.u_BTD)
-        assert step.rows is not None
-        out = step.residual_BTD + step.rows.view_as(step.residual_BTD)
-        shared = self.mlp.shared(step.u_BTD)
-        return out if shared is None else out + shared
+        assert step.rows is not None and step.routing is not None
+        rows = self.mlp.dispatcher.settle(step.rows, step.routing, step.handle)
+        out = step.residual_BTD + rows.view_as(step.residual_BTD)
+        return out if step.shared_BTD is None else out + step.shared_BTD
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, RouterStats | None]:
         """``[B, T, D] -> [B, T, D]`` and the layer's routing statistics (None in a dense layer)."""

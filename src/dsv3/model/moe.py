@@ -106,11 +106,22 @@ class Dispatcher(Protocol):
     """Moves tokens to experts and back: the seam where ranks, replicas and recordings come in."""
 
     def dispatch(self, x_ND: Tensor, routing: Routing, load_E: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Rows sorted by local expert ``[M, D]``, rows an expert, and a handle for :meth:`combine`."""
+        """Rows sorted by local expert ``[M, D]``, rows an expert, and a handle for the other two.
+
+        The rows may still be on their way: only :meth:`arrive` makes them fit to be read.
+        """
+        ...
+
+    def arrive(self, rows_MD: Tensor, handle: Any) -> Tensor:
+        """The rows of :meth:`dispatch`, waited for."""
         ...
 
     def combine(self, y_MD: Tensor, routing: Routing, handle: Any) -> Tensor:
-        """Rows back to tokens, weighted by the gates: ``[N, D]``."""
+        """Rows back to tokens, weighted by the gates: ``[N, D]``; or on their way, until :meth:`settle`."""
+        ...
+
+    def settle(self, rows: Tensor, routing: Routing, handle: Any) -> Tensor:
+        """``[N, D]`` of :meth:`combine`, waited for."""
         ...
 
 
@@ -122,9 +133,17 @@ class LocalDispatcher:
         order = expert_order(routing.indices_NK)
         return gather_rows(x_ND, *order), load_E, order
 
+    def arrive(self, rows_MD: Tensor, handle: Any) -> Tensor:
+        """See :class:`Dispatcher`: nothing travels."""
+        return rows_MD
+
     def combine(self, y_MD: Tensor, routing: Routing, handle: Any) -> Tensor:
         """See :class:`Dispatcher`."""
         return weighted_sum(y_MD, routing.gates_NK, *handle)
+
+    def settle(self, rows: Tensor, routing: Routing, handle: Any) -> Tensor:
+        """See :class:`Dispatcher`: nothing travels."""
+        return rows
 
 
 class MoE(nn.Module):
