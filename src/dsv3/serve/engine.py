@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -176,6 +177,7 @@ class Engine:
         self.requests: dict[str, list[Sequence]] = {}
         self._unfinished: dict[str, int] = {}  # answers of a request
         self._added = 0
+        self.on_finish: Callable[[Sequence], None] | None = None  # called while the cache still has its rows
         install(model)
 
     @property
@@ -267,6 +269,7 @@ class Engine:
         if self.busy:
             raise UserError(f"{len(self.requests)} requests are unfinished; step or abort them first")
         self.blocks.forget()
+        install(self.model)  # the cores derive from matrices in other formats
         self.runner.layers.refresh()
         if self.drafter:
             self.drafter.layers.refresh()
@@ -302,6 +305,8 @@ class Engine:
             self.blocks.register(chunk.sequence)
         for chunk in sampling:
             if chunk.sequence.finished:
+                if self.on_finish is not None:
+                    self.on_finish(chunk.sequence)
                 self.scheduler.remove(chunk.sequence)
         return [self._update(chunk.sequence, *start) for chunk, start in zip(sampling, before)]
 

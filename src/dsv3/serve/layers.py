@@ -38,11 +38,12 @@ def keep_bf16(model: DeepSeekV3) -> None:
     """On a CPU with compiled products: multiply BF16 weights as they are, with activations in FP32.
 
     PyTorch's own BF16 products there take twice the time of FP32's at a batch of 1. The model's matrices are
-    swapped for good, and have no gradient afterwards.
+    swapped for good, and have no gradient afterwards: a model in training, whose weights are FP32, is left as
+    it is.
     """
     embedding = model.model.embed_tokens
-    dtype = embedding.compute_dtype or embedding.weight.dtype
-    if dtype == torch.bfloat16 and native.usable(embedding.weight, "decode"):
+    kinds = {embedding.compute_dtype or torch.bfloat16, embedding.weight.dtype}
+    if kinds == {torch.bfloat16} and native.usable(embedding.weight, "decode"):
         pack(model)
 
 
