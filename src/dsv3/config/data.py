@@ -24,6 +24,21 @@ class HuggingFaceConfig(Recipe):
     max_documents: int | None = Field(None, gt=0, description="read at most this many documents; null: all")
 
 
+class NeedlesConfig(Recipe):
+    """Documents that teach a model to find what stands far back: key-value needles in a source's text."""
+
+    shortest: int = Field(500, gt=0, description="characters of text in the shortest document")
+    longest: int = Field(1000, gt=0, description="characters in the longest; lengths' logarithms are even")
+    every: int = Field(100, gt=0, description="characters of text a needle, and a question on it further on")
+    passes: int = Field(1, gt=0, description="times the text is read, with other needles each time")
+
+    @model_validator(mode="after")
+    def _order(self) -> NeedlesConfig:
+        if self.shortest > self.longest:
+            raise ValueError(f"needles.shortest ({self.shortest}) exceeds needles.longest ({self.longest})")
+        return self
+
+
 class SourceConfig(Recipe):
     """One named source of documents. Exactly one of paths, stdlib, packages, manifest, huggingface is set."""
 
@@ -60,6 +75,9 @@ class SourceConfig(Recipe):
         description="characters; a longer document (a whole book) is cut at blank lines, else at line breaks;"
         " null: never cut",
     )  # fmt: skip
+    needles: NeedlesConfig | None = Field(
+        None, description="put key-value needles and questions on them into the text; null: the text as it is"
+    )
 
     @field_validator("name")
     @classmethod

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from dsv3.common.errors import UserError, nearest
 from dsv3.config.data import SourceConfig
+from dsv3.data import needles
 from dsv3.data.fetch import fetched_files
 from dsv3.data.rows import open_unpacked
 from dsv3.data.tokenizer import clean
@@ -277,13 +278,18 @@ def _documents(part: Part, source: SourceConfig, skipped: Skipped) -> Iterator[D
 
 
 def read(part: Part, source: SourceConfig, skipped: Skipped) -> Iterator[Document]:
-    """The documents of one part, long ones cut; what cannot be used is counted in ``skipped``."""
+    """The documents of one part, long ones cut, with needles where the source asks for them.
+
+    What cannot be used is counted in ``skipped``.
+    """
     for document in _documents(part, source, skipped):
         text = clean(document.text)
         if not text.strip():
             skipped.empty += 1
             continue
         pieces = list(cut(text, source.max_document_chars))
+        if source.needles is not None:
+            pieces = list(needles.documents(pieces, source.needles, document.origin))
         for number, piece in enumerate(pieces):
             origin = f"{document.origin}#{number}" if len(pieces) > 1 else document.origin
             if piece.strip():

@@ -1,0 +1,81 @@
+"""Key-value needles: what long context is measured with, and documents that teach a model to find them.
+
+A needle is a sentence that gives a key a value; a question names the key and stops where the value would
+come. Keys are plain nouns and values numbers (as in RULER's tasks of words and numbers), so that neither can
+be guessed from the text around them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Iterable, Iterator
+
+from dsv3.config.data import NeedlesConfig
+
+_NOUNS = """
+anchor apple arrow badge bakery balloon banjo barrel basket beacon bell bench bicycle blanket bottle
+bridge broom brush bucket button cabin cable camera candle canoe carpet castle cellar chain chalk chimney
+circle clock coat coin compass copper cotton cradle crane cricket crown cup curtain desk diamond dome door
+dragon drawer drum eagle easel engine envelope falcon feather fence ferry fiddle flag flute forest fork
+fountain fridge garden garlic gate glacier glove goblet grape guitar hammer harbour harp hat helmet honey
+hook horizon igloo ink island ivory jacket jar jewel jungle kettle key kite knife ladder lamp lantern
+laptop leaf lemon lens letter lever lily lion lock magnet mango map marble mask meadow melon mirror mitten
+moon moss motor mountain mug muffin nail napkin needle nest net noodle notebook nutmeg oak oar oasis ocean
+olive onion orange orchard otter oven paddle palace panda parcel parrot peach pebble pencil pepper piano
+pigeon pillow pine pipe pistol planet plate plough pocket pond poppy potato prism puzzle pyramid quill
+quilt rabbit radio raft rail rain ribbon ring river robin rocket roof rope ruby saddle salmon satin saucer
+scarf scissors shell shelf ship shoe shovel silk silver siren slipper snail soap sofa spade spider sponge
+spoon squirrel stable stamp statue stove straw sugar summit swan sword table teapot temple tent thimble
+thread throne ticket tiger torch towel tower tractor trumpet tulip tunnel turtle umbrella valley vase
+velvet village violet violin wagon wallet walnut watch whale wheel whistle willow window yarn zebra
+"""
+KEYS = tuple(_NOUNS.split())
+VALUES = range(100, 1000)
+_END = re.compile(r"[.!?:;]['\"”’)\]]?(?=\s)")  # a line is put behind such a place
+
+
+def needle(key: str, value: int) -> str:
+    """The sentence that hides a value."""
+    return f"The magic number of {key} is {value}."
+
+
+def question(key: str) -> str:
+    """What asks for it: the answer is a space, the number and a full stop."""
+    return f"What is the magic number of {key}? The magic number of {key} is"
+
+
+def strew(text: str, every: int, draw: random.Random) -> str:
+    """``text`` with a needle for each ``every`` characters, each asked for somewhere after it.
+
+    Needle and question stand behind sentences, drawn evenly; no key comes twice, so a document has at most
+    as many needles as there are keys.
+    """
+    places = [0, *(match.end() for match in _END.finditer(text)), len(text)]
+    count = min(len(KEYS), max(1, len(text) // every))
+    lines: list[tuple[int, int, str]] = []  # place, order of lines at one place, line
+    for number, key in enumerate(draw.sample(KEYS, count)):
+        value = draw.choice(VALUES)
+        first, second = sorted(draw.choices(places, k=2))
+        lines.append((first, 2 * number, needle(key, value)))
+        lines.append((second, 2 * number + 1, f"{question(key)} {value}."))
+    pieces, done = [], 0
+    for place, _, line in sorted(lines):
+        pieces += [text[done:place], " ", line]
+        done = place
+    return "".join([*pieces, text[done:]]).removeprefix(" ")
+
+
+def documents(texts: Iterable[str], options: NeedlesConfig, origin: str) -> Iterator[str]:
+    """Texts cut into documents of drawn lengths, with needles; ``origin`` fixes what is drawn."""
+    for number, text in enumerate(texts):
+        for again in range(options.passes):
+            draw = random.Random(f"{origin}#{number}:{again}")
+            start = 0
+            while start < len(text):
+                low, high = math.log(options.shortest), math.log(options.longest)
+                stop = text.find(" ", start + round(math.exp(draw.uniform(low, high))))
+                stop = len(text) if stop < 0 else stop
+                yield strew(text[start:stop].strip(), options.every, draw)
+                start = stop
