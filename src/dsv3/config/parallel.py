@@ -23,7 +23,7 @@ class ParallelSection(Recipe):
     data_replicate: int = Field(1, gt=0, description="copies of such a group of data ranks")
     zero: Literal[1, 3] = Field(
         1,
-        description="what data_shard ranks share: 1 the optimizer's state (the report's ZeRO-1); 3 also weights"
+        description="what data_shard ranks share: 1 the optimizer's state (report 3.2); 3 also weights"
         " and gradients (FSDP2)",
     )
     schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = Field(

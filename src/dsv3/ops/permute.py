@@ -34,7 +34,7 @@ def weighted_sum_reference(y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, inve
     return (y_MD[inverse_NK] * gates_NK[..., None].to(y_MD.dtype)).sum(dim=1)
 
 
-def _sum_rows(y_MD: Tensor, inverse_NK: Tensor, gates_NK: Tensor | None) -> Tensor:
+def sum_rows(y_MD: Tensor, inverse_NK: Tensor, gates_NK: Tensor | None) -> Tensor:
     """Sum of K rows a token, weighted if gates are given, without an N x K x D tensor on a CPU."""
     if y_MD.device.type == "cpu" and y_MD.dtype == torch.float32:
         return F.embedding_bag(inverse_NK, y_MD, mode="sum", per_sample_weights=gates_NK)
@@ -69,14 +69,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:
         (inverse_NK,) = ctx.saved_tensors
-        return _sum_rows(grad_MD, inverse_NK, None), None, None
+        return sum_rows(grad_MD, inverse_NK, None), None, None
 
 
 class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
         ctx.save_for_backward(y_MD, gates_NK, order_M, inverse_NK)
-        return _sum_rows(y_MD, inverse_NK, gates_NK)
+        return sum_rows(y_MD, inverse_NK, gates_NK)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -100,5 +100,5 @@ def gather_rows(x_ND: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
 def weighted_sum(y_MD: Tensor, gates_NK: Tensor, order_M: Tensor, inverse_NK: Tensor) -> Tensor:
     """Back from rows to tokens: ``out[n] = sum_k gates[n, k] y[inverse[n, k]]``, ``[N, D]`` in y's dtype."""
     if not torch.is_grad_enabled():
-        return _sum_rows(y_MD, inverse_NK, gates_NK)
+        return sum_rows(y_MD, inverse_NK, gates_NK)
     return _WeightedSum.apply(y_MD, gates_NK, order_M, inverse_NK)

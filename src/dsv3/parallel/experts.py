@@ -1,0 +1,233 @@
+"""Expert parallel: each rank holds some experts of every layer, and tokens travel (report 2.1.2, 3.2.2).
+
+Shapes: N tokens of this rank, K experts a token, M = N K rows sorted by expert, R rows that arrive, D hidden,
+E experts, P ranks that share them, X bytes or numbers of a message.
+
+A row goes to the rank of its expert by ``all_to_all_single`` with uneven splits: no token is ever dropped
+and none is padded. The backward of dispatch is a combine of gradients, that of combine a dispatch. Every trip
+is started in one step of a layer and waited for in a later one, in the backward too, so that what does not
+depend on it (the shared experts; with a pipeline the other micro batch) runs meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsv3.model.layer import DecoderLayer
+from dsv3.model.linear import GroupedLinear
+from dsv3.model.moe import MoE, Routing
+from dsv3.ops.permute import expert_order, sum_rows, weighted_sum
+from dsv3.parallel.layout import Meshes
+from dsv3.parallel.wire import FP8, Cast, Wire
+
+
+class Trip:
+    """Rows on their way: ``send[p]`` rows to rank p, ``receive[p]`` from it."""
+
+    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int], wire: Wire, back: Wire):
+        self.group, self.send, self.receive, self.wire, self.back = group, send, receive, wire, back
+        self.pending: tuple[dist.Work, Tensor, Tensor] | None = None
+        self.width, self.dtype = 0, torch.float32
+
+    def returning(self, wire: Wire, back: Wire) -> Trip:
+        """The trip home of the rows that this one brought."""
+        return Trip(self.group, self.receive, self.send, wire, back)
+
+    def start(self, message_MX: Tensor, home: bool = False) -> None:
+        """Send messages, one a row; ``home``: the other way round, for gradients."""
+        send, receive = (self.receive, self.send) if home else (self.send, self.receive)
+        message_MX = message_MX.contiguous()
+        arrived = message_MX.new_empty(sum(receive), message_MX.shape[1])
+        work = dist.all_to_all_single(arrived, message_MX, receive, send, group=self.group, async_op=True)
+        self.pending = (work, arrived, message_MX)  # the message has to live until it is gone
+
+    def wait(self) -> Tensor:
+        """The messages that arrived."""
+        assert self.pending is not None
+        work, arrived, _ = self.pending
+        work.wait()
+        self.pending = None
+        return arrived
+
+
+# Between the two halves of a trip autograd sees a ticket, a tensor without elements: the rows themselves are
+# not there yet, and there are not as many of them as were sent.
+
+
+class _Dispatch(torch.autograd.Function):
+    """Encodes each token once, copies it for its experts, sends the copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_M: Tensor, inverse_NK: Tensor, trip: Trip) -> Tensor:
+        trip.width, trip.dtype = x_ND.shape[1], x_ND.dtype
+        trip.start(trip.wire.encode(x_ND).index_select(0, order_M // inverse_NK.shape[1]))
+        ctx.save_for_backward(inverse_NK)
+        ctx.trip = trip
+        return x_ND.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor, None, None, None]:
+        trip: Trip = ctx.trip
+        grad_MD = trip.back.decode(trip.wait(), trip.width, trip.dtype)
+        return sum_rows(grad_MD, ctx.saved_tensors[0], None), None, None, None
+
+
+class _Send(torch.autograd.Function):
+    """Sends rows as they are sorted."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MD: Tensor, trip: Trip) -> Tensor:
+        trip.width, trip.dtype = rows_MD.shape[1], rows_MD.dtype
+        trip.start(trip.wire.encode(rows_MD))
+        ctx.trip = trip
+        return rows_MD.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor, None]:
+        trip: Trip = ctx.trip
+        return trip.back.decode(trip.wait(), trip.width, trip.dtype), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Waits for rows; in the backward sends their gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.wire.decode(trip.wait(), trip.width, trip.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        trip: Trip = ctx.trip
+        trip.start(trip.back.encode(grad_RD), home=True)
+        return grad_RD.new_empty(0), None
+
+
+@dataclass
+class Travelling:
+    """What the four steps of a layer's tokens share.
+
+    ``order``: how rows are sorted here; ``sort_R``: from the order of arrival, by rank, to that of experts.
+    """
+
+    order: tuple[Tensor, Tensor]
+    sort_R: Tensor
+    out: Trip
+    home: Trip | None = None
+
+
+class Traffic:
+    """Where tokens went since the last :meth:`take`: kept as tensors, nothing waits for them.
+
+    ``visits_X[n]``: tokens and layers whose experts lie on n nodes. ``away``: rows sent to another node.
+    ``copies``: what ``away`` would be with one copy a token and node, as the report's kernels send.
+    """
+
+    def __init__(self, node_E: Tensor, own_node: int):
+        self.node_E, self.own = node_E, own_node
+        self.nodes = int(node_E.max()) + 1
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.visits_X = torch.zeros(self.nodes + 1, dtype=torch.int64, device=self.node_E.device)
+        self.away = torch.zeros((), dtype=torch.int64, device=self.node_E.device)
+        self.copies = torch.zeros_like(self.away)
+
+    @torch.no_grad()
+    def count(self, indices_NK: Tensor) -> None:
+        """Add the tokens of one dispatch."""
+        node_NK = self.node_E[indices_NK]
+        seen_NX = torch.zeros(len(indices_NK), self.nodes, dtype=torch.bool, device=node_NK.device)
+        seen_NX.scatter_(1, node_NK, True)
+        self.visits_X += torch.bincount(seen_NX.sum(dim=1), minlength=self.nodes + 1)
+        self.away += (node_NK != self.own).sum()
+        self.copies += seen_NX.sum() - seen_NX[:, self.own].sum()
+
+
+class ExpertParallel:
+    """A :class:`dsv3.model.moe.Dispatcher` between the ranks of a group, each with its ``E / P`` experts.
+
+    ``fp8``: tokens, and on the way back the gradients of their results, travel in FP8, results and gradients
+    of tokens in BF16 (report 3.3.4); else everything in the dtype of the activations.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, traffic: Traffic, fp8: bool = False):
+        self.group, self.ranks, self.traffic = group, dist.get_world_size(group), traffic
+        results = Cast(torch.bfloat16) if fp8 else Cast()
+        self.tokens: Wire = FP8() if fp8 else Cast()
+        self.results: Wire = results
+        self.result_grads: Wire = FP8(smallest_amax=0.0) if fp8 else Cast()
+        self.token_grads: Wire = results
+
+    @torch.compiler.disable
+    def dispatch(self, x_ND: Tensor, routing: Routing, load_E: Tensor) -> tuple[Tensor, Tensor, Travelling]:
+        """See :class:`dsv3.model.moe.Dispatcher`."""
+        arriving_E = torch.empty_like(load_E)
+        dist.all_to_all_single(arriving_E, load_E, group=self.group)
+        arriving_PX, leaving_PX = arriving_E.view(self.ranks, -1), load_E.view(self.ranks, -1)
+        send, receive = torch.stack((leaving_PX.sum(dim=1), arriving_PX.sum(dim=1))).tolist()
+        order = expert_order(routing.indices_NK)
+        trip = Trip(self.group, send, receive, self.tokens, self.token_grads)
+        ticket = _Dispatch.apply(x_ND, *order, trip)
+        self.traffic.count(routing.indices_NK)
+        local = torch.arange(arriving_PX.shape[1], device=load_E.device).repeat(self.ranks)
+        sort_R = local.repeat_interleave(arriving_E).argsort(stable=True)
+        return ticket, arriving_PX.sum(dim=0), Travelling(order, sort_R, trip)
+
+    @torch.compiler.disable
+    def arrive(self, rows_MD: Tensor, handle: Travelling) -> Tensor:
+        """See :class:`dsv3.model.moe.Dispatcher`."""
+        return _Arrive.apply(rows_MD, handle.out).index_select(0, handle.sort_R)
+
+    @torch.compiler.disable
+    def combine(self, y_MD: Tensor, routing: Routing, handle: Travelling) -> Tensor:
+        """See :class:`dsv3.model.moe.Dispatcher`."""
+        place_R = torch.empty_like(handle.sort_R)
+        place_R[handle.sort_R] = torch.arange(len(place_R), device=place_R.device)
+        handle.home = handle.out.returning(self.results, self.result_grads)
+        return _Send.apply(y_MD.index_select(0, place_R), handle.home)
+
+    @torch.compiler.disable
+    def settle(self, rows: Tensor, routing: Routing, handle: Travelling) -> Tensor:
+        """See :class:`dsv3.model.moe.Dispatcher`."""
+        assert handle.home is not None
+        return weighted_sum(_Arrive.apply(rows, handle.home), routing.gates_NK, *handle.order)
+
+
+def node_of_experts(experts: int, group: dist.ProcessGroup, node_size: int) -> Tensor:
+    """The node each expert lies on, numbered within the group: int64 ``[E]``."""
+    ranks = dist.get_process_group_ranks(group)
+    nodes = sorted({rank // node_size for rank in ranks})
+    place = torch.tensor([nodes.index(rank // node_size) for rank in ranks])
+    return place.repeat_interleave(experts // len(ranks))
+
+
+def apply(module: nn.Module, meshes: Meshes, node_size: int, fp8: bool = False) -> dict[str, Traffic]:
+    """Deal the experts of every layer in ``module`` (a model, or a stage of one) to the expert ranks.
+
+    Each rank keeps the slice of the stacked weights that is its own; FP8 versions of the experts are dealt
+    alike. ``node_size``: ranks a node. Returns the traffic of each layer by its path.
+    """
+    found: dict[str, Traffic] = {}
+    if meshes.layout.expert == 1:
+        return found
+    group, place = meshes.group("expert"), meshes.place("expert")
+    for path, layer in module.named_modules():
+        if not isinstance(layer, DecoderLayer) or not isinstance(layer.mlp, MoE):
+            continue
+        experts = layer.mlp.gate.weight.shape[0]
+        node_E = node_of_experts(experts, group, node_size).to(layer.mlp.gate.weight.device)
+        share = experts // meshes.layout.expert
+        for linear in layer.mlp.experts.modules():
+            if isinstance(linear, GroupedLinear):
+                own = linear.weight.detach()[place * share : (place + 1) * share]
+                linear.weight = nn.Parameter(own.clone())
+        found[path] = Traffic(node_E, int(node_E[place * share]))
+        layer.mlp.dispatcher = ExpertParallel(group, found[path], fp8)
+    return found
