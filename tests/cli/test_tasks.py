@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -39,10 +41,51 @@ def test_list_and_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         (("show", "sums", "--difficulty", "9"), "difficulty (9) of sums must be from 1 to 5"),
         (("show", "sums", "--split", "dev"), "split (dev) must be one of train, validation, test"),
         (("show", "sums", "--index", "-1"), "index (-1) must be 0 or more"),
+        (("write", "rows.txt", "--tasks", "sums"), "out (rows.txt) must end in .jsonl"),
+        (
+            ("write", "nowhere/rows.jsonl", "--tasks", "sums"),
+            "out (nowhere/rows.jsonl) must end in .jsonl and",
+        ),
+        (("write", "rows.jsonl", "--tasks", "sums,sum"), "task (sum) is unknown (did you mean sums?)"),
+        pytest.param(
+            ("write", "rows.jsonl", "--tasks", "gym/propositional_logic"),
+            "task (gym/propositional_logic) has no solutions to learn from",
+            marks=pytest.mark.skipif(find_spec("reasoning_gym") is None, reason="needs the extra rl"),
+        ),
     ],
 )
 def test_mistakes_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], said: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    words: tuple[str, ...],
+    said: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     code, out, err = run(monkeypatch, capsys, *words)
     assert code == 2 and not out and err.startswith(f"dsv3: {said}") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_written_examples_are_different_solved_and_of_their_split(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from dsv3.evaluate.tasks import get
+    from dsv3.evaluate.tasks.base import Example, split_of
+
+    out = tmp_path / "rows.jsonl"
+    words = ("write", str(out), "--tasks", "sums,gcd", "--count", "150")
+    code, said, _ = run(monkeypatch, capsys, *words)
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    # Difficulty 1 has so many questions, some of them held out: all there are is what is written.
+    assert code == 0 and "train examples of sums: 149, gcd: 100\n" in said
+    assert len({row["id"] for row in rows}) == len(rows) == 249
+    for row in rows:
+        completion = row.pop("completion")
+        example = Example(**row)
+        assert "<think>" in completion and get(row["task"]).verify(completion, example) == 1
+        assert split_of(row["id"]) == "train"
+    run(monkeypatch, capsys, *words, "--split", "test", "--plain")
+    held = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert not {row["id"] for row in held} & {row["id"] for row in rows}
+    assert all(row["completion"] == f"\\boxed{{{row['answer']}}}" for row in held)

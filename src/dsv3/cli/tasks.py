@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,7 +13,7 @@ app = typer.Typer(help="The verifiable tasks of post-training.", no_args_is_help
 
 @app.callback()
 def group() -> None:
-    """The verifiable tasks of post-training: list them, look at examples, try an answer."""
+    """The verifiable tasks of post-training: list them, look at examples, try an answer, write datasets."""
 
 
 @app.command("list")
@@ -52,3 +53,31 @@ def show(
         else:
             typer.echo(f"== {task} {split} {at}  {example.id}\n{example.prompt}\n")
             typer.echo("-- no solution is known\n" if text is None else f"-- score {score:g}\n{text}\n")
+
+
+@app.command()
+def write(
+    out: Path = typer.Argument(help="File to write, ending in .jsonl; one that is there gives way."),
+    tasks: str = typer.Option(..., "--tasks", help="Names of `dsv3 tasks list`, as sums,gcd."),
+    difficulty: int = typer.Option(1, help="1 to 5."),
+    seed: int = typer.Option(0, help="Another seed gives other examples, of the same splits."),
+    split: str = typer.Option("train", help="train, validation or test; they share no example."),
+    count: int = typer.Option(1000, min=1, help="Different examples of each task; fewer where it has fewer."),
+    plain: bool = typer.Option(False, "--plain", help="Answers alone, without the steps that lead to them."),
+) -> None:
+    """A dataset of solved examples: `prompt`, `completion` and the task's columns, for `dsv3 sft`."""
+    from dsv3.common.errors import UserError
+    from dsv3.common.files import write_atomic
+    from dsv3.evaluate.tasks import get
+    from dsv3.evaluate.tasks.draw import solved
+
+    if out.suffix != ".jsonl" or not out.parent.is_dir():
+        raise UserError(f"out ({out}) must end in .jsonl and lie in a folder that exists")
+    lines, counts = [], []
+    for name in dict.fromkeys(tasks.split(",")):
+        rows = list(solved(get(name, difficulty, seed), count, split, reasoning=not plain))  # type: ignore[arg-type]
+        lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        counts.append(f"{name}: {len(rows)}")
+    write_atomic(out, "".join(lines))
+    typer.echo(f"{out}: different {split} examples of {', '.join(counts)}")
+    typer.echo(f"next: name {out} in data.train of a recipe such as recipes/sft-tiny.yaml, and run dsv3 sft")
