@@ -20,6 +20,7 @@ from dsv3.model.linear import MLP, Experts, Linear
 from dsv3.ops import fp8
 from dsv3.ops.blocks import COLUMN, ROW, TILES, Quantised, Tile, dequantise, quantise, quantise_swiglu
 from dsv3.ops.formats import E4M3, FORMATS, Format
+from dsv3.ops.weight_gradients import WeightGradients
 
 
 class Kept:
@@ -99,7 +100,14 @@ class Recipe:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, weight: Tensor, recipe: Recipe, after_attention: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_MD: Tensor,
+        weight: Tensor,
+        recipe: Recipe,
+        after_attention: bool,
+        gradients: WeightGradients,
+    ) -> Tensor:
         section = recipe.section
         power = after_attention and section.power_of_two_scales
         rows = recipe.rows(x_MD, None, power)
@@ -110,22 +118,28 @@ class _Linear(torch.autograd.Function):
             ctx.kept = Kept(quantise(x_MD, ROW, FORMATS[how], power))
         else:
             ctx.kept = Kept(rows)
-        ctx.save_for_backward(weight, *ctx.kept.tensors)
+        ctx.save_for_backward(*ctx.kept.tensors)
+        ctx.weight, ctx.gradients = weight, gradients
         ctx.recipe, ctx.power, ctx.dtype = recipe, power, x_MD.dtype
         return recipe.linear(rows, weight, None, x_MD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        weight, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = list(ctx.saved_tensors)
         recipe: Recipe = ctx.recipe
+        weight, kept, power = ctx.weight, ctx.kept, ctx.power
         g_rows, g_columns = recipe.gradient_pair(grad, None)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
             grad_x = recipe.dgrad(g_rows, weight, None, ctx.dtype)
+
+        def weight_gradient() -> tuple[Tensor]:
+            x_columns = recipe.columns(kept.rebuild(tensors, None), None, power)
+            return (recipe.wgrad(g_columns, x_columns, None).to(weight.dtype),)
+
         if ctx.needs_input_grad[1]:
-            x_columns = recipe.columns(ctx.kept.rebuild(tensors, None), None, ctx.power)
-            grad_w = recipe.wgrad(g_columns, x_columns, None).to(weight.dtype)
-        return grad_x, grad_w, None, None
+            (grad_w,) = ctx.gradients.of((weight,), weight_gradient)
+        return grad_x, grad_w, None, None, None
 
 
 class FP8Linear(Linear):
@@ -135,12 +149,14 @@ class FP8Linear(Linear):
         nn.Module.__init__(self)
         self.weight = linear.weight
         self.recipe, self.after_attention = recipe, after_attention
+        self.gradients = WeightGradients()
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]`` in x's dtype."""
         x_MD = x.flatten(0, -2)
-        return _Linear.apply(x_MD, self.weight, self.recipe, self.after_attention).unflatten(0, x.shape[:-1])
+        out = _Linear.apply(x_MD, self.weight, self.recipe, self.after_attention, self.gradients)
+        return out.unflatten(0, x.shape[:-1])
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -155,6 +171,7 @@ class _SwiGLU(torch.autograd.Function):
         down: Tensor,
         counts_E: Tensor | None,
         recipe: Recipe,
+        gradients: WeightGradients,
     ) -> Tensor:
         section, dtype = recipe.section, x_MD.dtype
         travelled = counts_E is not None and section.power_of_two_scales
@@ -167,14 +184,17 @@ class _SwiGLU(torch.autograd.Function):
         else:
             kept = [Kept(gate_MF), Kept(up_MF)]
         ctx.kept = (Kept(x_rows if section.cache == "fp8" else x_MD), *kept)
-        ctx.save_for_backward(gate, up, down, counts_E, *(t for k in ctx.kept for t in k.tensors))
+        ctx.save_for_backward(counts_E, *(t for k in ctx.kept for t in k.tensors))
+        ctx.weights, ctx.gradients = (gate, up, down), gradients
         ctx.recipe, ctx.travelled, ctx.dtype = recipe, travelled, dtype
         return recipe.linear(hidden, down, counts_E, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, down, counts_E, *tensors = ctx.saved_tensors
+        counts_E, *tensors = ctx.saved_tensors
+        gate, up, down = weights = ctx.weights
         recipe: Recipe = ctx.recipe
+        travelled = ctx.travelled
         found: list[Any] = []
         for kept in ctx.kept:
             count = len(kept.tensors)
@@ -184,9 +204,8 @@ class _SwiGLU(torch.autograd.Function):
         gate_MF, up_MF = (dequantise(y) if isinstance(y, Quantised) else y for y in (gate_MF, up_MF))
 
         activated = F.silu(gate_MF)
-        g_rows, g_columns = recipe.gradient_pair(grad, counts_E, ctx.travelled)
+        g_rows, g_columns = recipe.gradient_pair(grad, counts_E, travelled)
         hidden = recipe.columns(activated * up_MF, counts_E)
-        grad_down = recipe.wgrad(g_columns, hidden, counts_E)
         grad_hidden = recipe.dgrad(g_rows, down, counts_E, gate_MF.dtype)
 
         gate_grad = torch.ops.aten.silu_backward(grad_hidden * up_MF, gate_MF)
@@ -194,11 +213,16 @@ class _SwiGLU(torch.autograd.Function):
         up_rows, up_columns = recipe.gradient_pair(activated.mul_(grad_hidden), counts_E)
         grad_x = recipe.dgrad(gate_rows, gate, counts_E, ctx.dtype)
         grad_x += recipe.dgrad(up_rows, up, counts_E, ctx.dtype)
-        x_columns = recipe.columns(x, counts_E, ctx.travelled)
-        grad_gate = recipe.wgrad(gate_columns, x_columns, counts_E)
-        grad_up = recipe.wgrad(up_columns, x_columns, counts_E)
-        weights = (grad_gate.to(gate.dtype), grad_up.to(up.dtype), grad_down.to(down.dtype))
-        return grad_x, *weights, None, None
+
+        def weight_gradients() -> tuple[Tensor, ...]:
+            x_columns = recipe.columns(x, counts_E, travelled)
+            pairs = ((gate_columns, x_columns), (up_columns, x_columns), (g_columns, hidden))
+            return tuple(
+                recipe.wgrad(g, inputs, counts_E).to(weight.dtype)
+                for (g, inputs), weight in zip(pairs, weights)
+            )
+
+        return grad_x, *ctx.gradients.of(weights, weight_gradients), None, None, None
 
 
 class FP8MLP(MLP):
@@ -207,13 +231,13 @@ class FP8MLP(MLP):
     def __init__(self, mlp: MLP, recipe: Recipe):
         nn.Module.__init__(self)
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self.recipe = recipe
+        self.recipe, self.gradients = recipe, WeightGradients()
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return _SwiGLU.apply(x.flatten(0, -2), *weights, None, self.recipe).view_as(x)
+        return _SwiGLU.apply(x.flatten(0, -2), *weights, None, self.recipe, self.gradients).view_as(x)
 
 
 class FP8Experts(Experts):
@@ -222,13 +246,13 @@ class FP8Experts(Experts):
     def __init__(self, experts: Experts, recipe: Recipe):
         nn.Module.__init__(self)
         self.gate_proj, self.up_proj, self.down_proj = experts.gate_proj, experts.up_proj, experts.down_proj
-        self.recipe = recipe
+        self.recipe, self.gradients = recipe, WeightGradients()
 
     @torch.compiler.disable
     def forward(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert: ``[M, D] -> [M, D]``."""
         weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
-        return _SwiGLU.apply(x_MD, *weights, counts_E, self.recipe)
+        return _SwiGLU.apply(x_MD, *weights, counts_E, self.recipe, self.gradients)
 
 
 def apply(model: nn.Module, section: FP8Section) -> None:
