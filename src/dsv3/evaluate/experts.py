@@ -7,26 +7,28 @@ same end (a server keeps this as far as it keeps to its seeds).
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv3.common.errors import Failure, UserError
-from dsv3.config.distill import DistillRecipe, SamplingSection
+from dsv3.config.distill import DistillRecipe
 from dsv3.data.special import END_THINK, THINK
 from dsv3.evaluate.tasks import Solution
 from dsv3.evaluate.tasks.base import seeded
 
 if TYPE_CHECKING:
-    from openai import OpenAI
+    from openai import AsyncOpenAI
 
     from dsv3.serve.llm import LLM
     from dsv3.serve.params import SamplingParams
 
+LONGEST_PAUSE = 60.0  # seconds the client waits between two tries at most
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -189,7 +191,7 @@ class Engine:
 
 
 class Endpoint:
-    """A server that speaks OpenAI's API, asked by ``concurrency`` threads, one request an answer.
+    """A server that speaks OpenAI's API: ``concurrency`` requests at once, one an answer.
 
     Time-outs, broken connections, 408, 409, 429 and 5xx are tried again by the client, waiting longer each
     time (and as long as ``Retry-After`` says); an answer that still fails is an error of its own, asked again
@@ -198,75 +200,76 @@ class Endpoint:
     """
 
     def __init__(self, recipe: DistillRecipe):
-        try:
-            from openai import OpenAI
-        except ImportError:
-            raise UserError("expert.kind (endpoint) needs the client: pip install 'dsv3[distill]'") from None
-        options = recipe.expert
-        self.options, self.system, self.seed = options, recipe.system, recipe.seed
-        self.sampling: SamplingSection = recipe.sampling
-        self.client: OpenAI = OpenAI(
-            base_url=options.base_url,
-            api_key=os.environ.get(options.api_key_variable) or "none",
-            timeout=options.timeout,
-            max_retries=options.retries,
-        )
-        self.failed_in_row = 0
+        if find_spec("openai") is None:
+            raise UserError("expert.kind (endpoint) needs the client: pip install 'dsv3[distill]'")
+        self.options, self.sampling = recipe.expert, recipe.sampling
+        self.system, self.seed = recipe.system, recipe.seed
 
     def answer(self, questions: Sequence[Question]) -> Answered:
         """Raises :class:`Failure` where going on makes no sense; what was answered before is not lost."""
-        jobs = ((q, sample) for q in questions for sample in range(self.sampling.samples))
+        from openai import AsyncOpenAI
+
+        options = self.options
+        jobs = ((question, sample) for question in questions for sample in range(self.sampling.samples))
         found: dict[str, dict[int, Answer]] = {}
-        pool = ThreadPoolExecutor(self.options.concurrency)
-        open_jobs: dict[Future[Answer], tuple[Question, int]] = {}
-        try:
+        failed_in_row = 0
+        with asyncio.Runner() as runner:  # leaving it cancels what is still open
+            client = AsyncOpenAI(
+                base_url=options.base_url,
+                api_key=os.environ.get(options.api_key_variable) or "none",
+                timeout=options.timeout,
+                max_retries=options.retries,
+            )
+            opened: dict[asyncio.Task[Answer], tuple[Question, int]] = {}
             while True:
-                for question, sample in islice(jobs, self.options.concurrency - len(open_jobs)):
-                    open_jobs[pool.submit(self._ask, question, sample)] = question, sample
-                if not open_jobs:
+                for question, sample in islice(jobs, options.concurrency - len(opened)):
+                    task = runner.get_loop().create_task(self._ask(client, question, sample))
+                    opened[task] = question, sample
+                if not opened:
+                    runner.run(client.close())
                     return
-                for future in wait(open_jobs, return_when=FIRST_COMPLETED).done:
-                    question, sample = open_jobs.pop(future)
-                    answer = future.result()
-                    self._watch(answer)
+                finished, _ = runner.run(asyncio.wait(opened, return_when=asyncio.FIRST_COMPLETED))
+                for task in finished:
+                    question, sample = opened.pop(task)
+                    answer = task.result()
+                    failed_in_row = failed_in_row + 1 if answer.error else 0
+                    if failed_in_row >= options.give_up:
+                        raise Failure(
+                            f"expert.base_url ({options.base_url}) failed {failed_in_row} times in a row, the"
+                            f" last with: {answer.error}; what came before is kept, go on with --resume auto"
+                        )
                     answers = found.setdefault(question.id, {})
                     answers[sample] = answer
                     if len(answers) == self.sampling.samples:
                         del found[question.id]
                         yield question, [answers[at] for at in sorted(answers)]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            self.client.close()
 
-    def _watch(self, answer: Answer) -> None:
-        self.failed_in_row = self.failed_in_row + 1 if answer.error else 0
-        if self.failed_in_row >= self.options.give_up:
-            raise Failure(
-                f"expert.base_url ({self.options.base_url}) failed {self.failed_in_row} times in a row, the"
-                f" last with: {answer.error}; what came before is kept, go on with --resume auto"
-            )
-
-    def _ask(self, question: Question, sample: int) -> Answer:
+    async def _ask(self, client: AsyncOpenAI, question: Question, sample: int) -> Answer:
         import openai
 
+        options, sampling = self.options, self.sampling
         messages: Any = question.messages(self.system)
-        s = self.sampling
+        seed = seeded(self.seed, question.id, sample).randrange(1 << 31)
+        # The client's limit is on each silence of the server; this one is on a request and all its retries.
+        longest = (options.timeout + LONGEST_PAUSE) * (1 + options.retries)
         try:
-            reply = self.client.chat.completions.create(
-                model=self.options.model or "", messages=messages, temperature=s.temperature, top_p=s.top_p,
-                max_tokens=s.max_tokens, seed=seeded(self.seed, question.id, sample).randrange(1 << 31),
-            )  # fmt: skip
+            async with asyncio.timeout(longest):
+                reply = await client.chat.completions.create(
+                    model=options.model or "", messages=messages, temperature=sampling.temperature,
+                    top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=seed,
+                )  # fmt: skip
             choice = reply.choices[0]
         except openai.APIStatusError as error:
             if error.status_code in (408, 409, 429) or error.status_code >= 500:
                 return Answer("", "error", error=f"HTTP {error.status_code}: {_line(error)}")
             raise Failure(
-                f"expert.base_url ({self.options.base_url}) refuses the request with HTTP"
-                f" {error.status_code}: {_line(error)}; look at expert.model and at"
-                f" {self.options.api_key_variable}"
+                f"expert.base_url ({options.base_url}) refuses the request with HTTP {error.status_code}:"
+                f" {_line(error)}; look at expert.model and at {options.api_key_variable}"
             ) from None
-        except (openai.OpenAIError, IndexError, TypeError, AttributeError) as error:
-            return Answer("", "error", error=f"{type(error).__name__}: {_line(error)}")
+        except (openai.OpenAIError, TimeoutError, IndexError, TypeError, AttributeError, ValueError) as error:
+            return Answer(
+                "", "error", error=f"{type(error).__name__}: {_line(error)}"
+            )  # no answer, or no API
         tokens = reply.usage.completion_tokens if reply.usage else None
         return Answer(said(choice.message), choice.finish_reason or "stop", tokens)
 
