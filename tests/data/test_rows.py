@@ -50,6 +50,7 @@ def test_every_kind_gives_the_same_rows(write: Callable[[Path], Path], tmp_path:
     found = list(rows.read([str(path)]))
     assert [row.fields for row in found] == WANTED
     assert [row.where.startswith(str(path)) for row in found] == [True, True]
+    assert rows.count([str(path)]) == (3 if path.suffix in (".jsonl", ".gz") else 2)  # with a blank line
 
 
 def test_a_folder_stands_for_its_files_in_order(tmp_path: Path) -> None:
@@ -91,8 +92,9 @@ def test_what_cannot_be_read_is_refused_before_any_row(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             rows.find([str(good), str(tmp_path / entry)])
-    with pytest.raises(UserError, match=r"cut.jsonl.gz cannot be read to the end"):
-        list(rows.read([str(cut)]))
+    for read in (rows.count, lambda paths: list(rows.read(paths))):
+        with pytest.raises(UserError, match=r"cut.jsonl.gz cannot be read: Compressed file ended"):
+            read([str(cut)])
 
 
 def test_splits_must_be_named_and_missing_packages_are(
@@ -105,8 +107,9 @@ def test_splits_must_be_named_and_missing_packages_are(
         rows.find([str(tmp_path / "both")])
     assert len(list(rows.read([str(tmp_path / "both" / "train")]))) == 2
     (tmp_path / "rows.parquet").write_bytes(b"not parquet")
-    with pytest.raises(UserError, match="cannot be read after row 0"):
-        list(rows.read([str(tmp_path / "rows.parquet")]))
+    for read in (rows.count, lambda paths: list(rows.read(paths))):
+        with pytest.raises(UserError, match=r"rows.parquet cannot be read: "):
+            read([str(tmp_path / "rows.parquet")])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for entry, package in [("rows.parquet", "pyarrow"), ("both/train", "datasets")]:
         with pytest.raises(UserError, match=rf"needs the package {package}: pip install 'dsv3\[data\]'"):

@@ -209,6 +209,12 @@ def gather(
     )
 
 
+def tokens(tokenizer: Tokenizer, row: Row, keep_think: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """One row's token ids and which bear loss; :class:`UserError` names the row's line."""
+    ((ids, bears),) = encode(tokenizer, [_pieces_of(row, keep_think)])
+    return np.array(ids, dtype=np.uint32), np.array(bears, dtype=np.bool_)
+
+
 def _pieces_of(row: Row, keep_think: bool) -> list[chat.Piece]:
     try:
         return pieces(row.fields, keep_think)

@@ -5,6 +5,7 @@ Every row comes with where it stands (``FILE:LINE``, lines counted from 1), so t
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -76,60 +77,83 @@ def _needs(path: Path) -> None:
         raise UserError(f"{path}: reading {what} needs the package {module}: pip install 'dsv3[data]'")
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # gzip, zstandard, pyarrow and datasets have a dozen kinds of their own
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def count(paths: Sequence[str]) -> int:
+    """How many rows ``paths`` name; blank lines of a file count too."""
+    total = 0
+    for path in find(paths):
+        with _readable(path):
+            if path.is_dir():
+                import datasets
+
+                total += len(datasets.load_from_disk(str(path)))
+            elif path.suffix == ".parquet":
+                import pyarrow.parquet
+
+                total += pyarrow.parquet.read_metadata(path).num_rows
+            else:
+                with open_unpacked(path) as lines:
+                    total += sum(1 for _ in lines)
+    return total
+
+
 def read(paths: Sequence[str]) -> Iterator[Row]:
     """Every row of what ``paths`` name (see :func:`find`), in a fixed order.
 
-    Raises :class:`UserError` naming the line for anything that is not a JSON object in UTF-8.
+    Raises :class:`UserError` naming the line for anything that is not a JSON object in UTF-8, and the file
+    for one that is damaged.
     """
     for path in find(paths):
-        if path.is_dir():
-            yield from _datasets(path)
-        elif path.suffix == ".parquet":
-            yield from _parquet(path)
-        else:
-            yield from _json_lines(path)
+        with _readable(path):
+            if path.is_dir():
+                yield from _datasets(path)
+            elif path.suffix == ".parquet":
+                yield from _parquet(path)
+            else:
+                yield from _json_lines(path)
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    number = 0
+    with open_unpacked(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield Row(_parsed(line, f"{path}:{number}"), f"{path}:{number}")
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
     try:
-        with open_unpacked(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                fields = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(fields, dict):
-                    raise UserError(f"{path}:{number} must be a JSON object, not a {type(fields).__name__}")
-                yield Row(fields, f"{path}:{number}")
+        fields = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number} is not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number} is not JSON ({error})") from None
-    except (EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read to the end: {error}") from None
+        raise UserError(f"{where} is not JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} must be a JSON object, not a {type(fields).__name__}")
+    return fields
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
     import pyarrow.parquet
 
     number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(fields, f"{path}: row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read after row {number}: {error}") from None
+    with pyarrow.parquet.ParquetFile(path) as table:
+        for batch in table.iter_batches(batch_size=1024):
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(fields, f"{path}: row {number}")
 
 
 def _datasets(path: Path) -> Iterator[Row]:
     import datasets
 
-    try:
-        table = datasets.load_from_disk(str(path))
-    except Exception as error:  # the library raises a dozen kinds for a damaged folder
-        raise UserError(f"{path} cannot be loaded by datasets: {error}") from None
-    for number, fields in enumerate(table, start=1):
+    for number, fields in enumerate(datasets.load_from_disk(str(path)), start=1):
         yield Row(fields, f"{path}: row {number}")
