@@ -1,13 +1,15 @@
-"""``dsv3 eval``: how well a model knows a text, and what a number format costs."""
+"""``dsv3 eval``: how well a model knows a text, what it answers, and how it compares with another."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from dsv3.common.errors import UserError
 
 if TYPE_CHECKING:
     from dsv3.evaluate.held_out import HeldOut
@@ -17,18 +19,48 @@ app = typer.Typer()
 
 @app.command("eval")
 def evaluate(
-    folder: Path = typer.Argument(help="Hugging Face folder of a model, with its tokenizer"),
+    folder: Path = typer.Argument(None, help="Hugging Face folder of a model, with its tokenizer"),
     data: Path = typer.Option(
-        ..., "--data", help="a text file, or a folder of dsv3 data prepare: its held-out part is read"
+        None,
+        "--data",
+        help="without --tasks: a text file, or a folder of dsv3 data prepare, whose held-out part is read;"
+        " with --tasks: a folder of benchmarks (docs/evaluation.md)",
     ),
+    tasks: str = typer.Option(
+        None,
+        "--tasks",
+        help="names with commas between: benchmarks of --data, or generated tasks as NAME or NAME:DIFFICULTY;"
+        " `list` shows them",
+    ),
+    samples: int = typer.Option(
+        None, "--samples", min=1, help="questions of each task at most; all, and 200 of generated ones"
+    ),
+    out: Path = typer.Option(
+        None, "--out", help="where answers and results go; given again after a kill, goes on. FOLDER-eval"
+    ),
+    chat: bool = typer.Option(
+        None,
+        "--chat/--plain",
+        help="ask in a conversation, or in plain text after examples; generated tasks: chat, others: plain",
+    ),
+    max_tokens: int = typer.Option(512, "--max-tokens", min=1, help="of an answer to a generated task"),
     quantize: list[str] = typer.Option(
-        [], "--quantize", help="also with the weights in fp8, int8 or int4; may be given again"
+        [], "--quantize", help="also with the weights in fp8, int8 or int4 (with --tasks: only so)"
     ),
-    length: int = typer.Option(256, "--length", min=1, help="tokens read at once"),
-    sequences: int = typer.Option(128, "--sequences", min=1, help="so many of that length, of each source"),
+    length: int = typer.Option(256, "--length", min=1, help="without --tasks: tokens read at once"),
+    sequences: int = typer.Option(
+        128, "--sequences", min=1, help="without --tasks: so many of that length, of each source"
+    ),
     as_json: bool = typer.Option(False, "--json", help="print the result as JSON"),
 ) -> None:
-    """Bits per byte of held-out text (less is better) and the share of MTP drafts the model agrees with."""
+    """Bits per byte of a text (less is better) and the share of MTP drafts that fit; or scores on tasks."""
+    if folder is None:
+        raise UserError("give the folder of a model: dsv3 eval FOLDER --data ... or --tasks ...")
+    if tasks is not None:
+        _tasks(folder, data, tasks.split(","), samples, out, chat, max_tokens, quantize, as_json)
+        return
+    if data is None:
+        raise UserError("give --data (a text file or prepared data), or --tasks")
     from dsv3.evaluate.quality import compare
 
     found = compare(folder, data, quantize, length, sequences)
@@ -37,6 +69,47 @@ def evaluate(
         typer.echo(json.dumps(plain, indent=2))
     else:
         typer.echo(_table(found))
+
+
+def _tasks(
+    folder: Path,
+    data: Path | None,
+    names: list[str],
+    samples: int | None,
+    out: Path | None,
+    chat: bool | None,
+    max_tokens: int,
+    quantize: list[str],
+    as_json: bool,
+) -> None:
+    from dsv3.evaluate.benchmarks.build import build
+    from dsv3.evaluate.benchmarks.run import describe, run
+
+    if len(quantize) > 1:
+        raise UserError(f"--quantize ({', '.join(quantize)}): one at a time with --tasks, each its own --out")
+    model = describe(folder, quantize[0] if quantize else None)
+    benchmarks = [build(name.strip(), data, samples, chat, max_tokens) for name in names]
+    out = out or folder.resolve().with_name(f"{folder.resolve().name}-eval")
+    from dsv3.serve.llm import LLM
+
+    results = run(LLM(folder, quantize=model["quantize"]), benchmarks, out, model)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+        return
+    from dsv3.cli.tables import show
+
+    rows = [_row(name, one) for name, one in results["tasks"].items()]
+    show(str(folder), ("task", "shots", "n", "metric", "score", "+-", "notes"), rows)
+    typer.echo(f"every prompt and answer: {out}/*.jsonl\nbeside another model's: dsv3 eval --compare A B")
+
+
+def _row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
+    metric, stderr = one["metric"], one[f"{one['metric']}_stderr"]
+    notes = [f"{one[what]} {what}" for what in ("truncated", "unfinished") if one.get(what)]
+    return (
+        name, str(one["shots"]), str(one["n"]), metric, f"{one[metric]:.4f}",
+        "" if stderr is None else f"{stderr:.4f}", ", ".join(notes),
+    )  # fmt: skip
 
 
 def _table(found: dict[str, dict[str, HeldOut]]) -> str:
