@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv3.config.fp8 import FP8Section
 from dsv3.config.model import ModelConfig
+from dsv3.data.loader import Batch
 from dsv3.model import DeepSeekV3
 from dsv3.model.linear import MLP, Embedding, Experts, Linear
 from dsv3.model.moe import Gate
@@ -18,7 +19,7 @@ from dsv3.ops.blocks import BLOCK, COLUMN, ROW, WHOLE, dequantise_reference, qua
 from dsv3.ops.formats import E4M3, E5M6
 from dsv3.quant.fp8 import FP8MLP, FP8Experts, FP8Linear, Recipe, apply
 from dsv3.train import recompute
-from dsv3.train.objective import Share, pretrain_loss
+from dsv3.train.objective import Share, language_loss
 
 CONFIG: dict[str, Any] = dict(
     vocab_size=96, hidden_size=160, intermediate_size=200, moe_intermediate_size=144, num_hidden_layers=2,
@@ -192,7 +193,7 @@ def test_swiglu_against_one_expert_at_a_time(counts: list[int] | None, swiglu: A
 
 def train_once(model: DeepSeekV3) -> tuple[float, dict[str, Tensor]]:
     tokens = torch.randint(0, 96, (2, 34), generator=torch.Generator().manual_seed(3))
-    loss, _ = pretrain_loss(model, tokens, None, 32, Share([64, 64], 2), 0.3)
+    loss, _ = language_loss(model, Batch(tokens), 32, Share([64, 64], 2), 0.3)
     loss.backward()
     return float(loss.detach()), {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None

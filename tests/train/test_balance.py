@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dsv3.config.model import ModelConfig
+from dsv3.data.loader import Batch
 from dsv3.model import DeepSeekV3
 from dsv3.model.moe import RouterStats
 from dsv3.train import recompute
 from dsv3.train.balance import Balancer, max_violation
-from dsv3.train.objective import Share, pretrain_loss
+from dsv3.train.objective import Share, language_loss
 from tests.train.conftest import MODEL
 
 TOKENS = torch.randint(0, 384, (8, 34), generator=torch.Generator().manual_seed(1))
@@ -23,7 +24,7 @@ def biases_after_a_step(micro: int, what: str = "none") -> dict[int, torch.Tenso
     balancer = Balancer(model.moe_layers())
     for start in range(0, 8, micro):
         rows = TOKENS[start : start + micro]
-        loss, parts = pretrain_loss(model, rows, None, 32, Share([256, 256], 8), 0.3)
+        loss, parts = language_loss(model, Batch(rows), 32, Share([256, 256], 8), 0.3)
         loss.backward()
         balancer.add(parts.router)
     assert all(sum(load.tolist()) == 8 * 32 * 2 for load in balancer.load.values())

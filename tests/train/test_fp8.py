@@ -14,8 +14,9 @@ from dsv3.config import recipe as recipes
 from dsv3.config.train import PretrainRecipe
 from dsv3.quant.fp8 import FP8Experts
 from dsv3.train.optimizer import AdamWBF16Moments
-from dsv3.train.pretrain import make_model, pretrain
+from dsv3.train.pretrain import pretrain
 from dsv3.train.run import read_lines
+from dsv3.train.stage import make_model
 
 
 def losses(folder: Path) -> list[float]:

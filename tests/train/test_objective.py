@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from dsv3.config.model import ModelConfig
+from dsv3.data.loader import Batch
 from dsv3.model import DeepSeekV3
 from dsv3.ops import attention
 from dsv3.train import recompute
-from dsv3.train.objective import Share, labels, pretrain_loss, restarted_positions
+from dsv3.train.objective import Share, labels, language_loss, restarted_positions
 from tests.train.conftest import MODEL
 
 TOKENS = torch.randint(0, 384, (4, 35), generator=torch.Generator().manual_seed(5))
@@ -19,14 +20,14 @@ DEEP = ModelConfig(**{**MODEL, "num_nextn_predict_layers": 2})
 
 def gradients(model: DeepSeekV3, micro: int = 4) -> dict[str, torch.Tensor]:
     for start in range(0, 4, micro):
-        loss, _ = pretrain_loss(model, TOKENS[start : start + micro], None, 32, Share([128] * 3, 4), 0.3)
+        loss, _ = language_loss(model, Batch(TOKENS[start : start + micro]), 32, Share([128] * 3, 4), 0.3)
         loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 def test_loss_is_that_of_the_full_logits() -> None:
     model = DeepSeekV3(DEEP)
-    loss, parts = pretrain_loss(model, TOKENS, None, 32, Share([128] * 3, 4), 0.3)
+    loss, parts = language_loss(model, Batch(TOKENS), 32, Share([128] * 3, 4), 0.3)
     output = model(TOKENS)
     wanted = [
         F.cross_entropy(logits[:, :32].flatten(0, 1), TOKENS[:, 1 + k : 33 + k].flatten())
@@ -67,7 +68,7 @@ def kept_bytes(what: str) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = pretrain_loss(model, TOKENS[:, :34], None, 32, Share([128] * 2, 4), 0.3)
+        loss, _ = language_loss(model, Batch(TOKENS[:, :34]), 32, Share([128] * 2, 4), 0.3)
     assert loss.requires_grad
     return sum(kept.values())
 
@@ -80,9 +81,9 @@ def test_recompute_keeps_less() -> None:
 def test_documents_bound_targets_and_positions() -> None:
     documents = torch.tensor([[0, 0, 0, 1, 1, 2]])
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15]])
-    assert labels(tokens, 4, 0, None).tolist() == [[11, 12, 13, 14]]
-    assert labels(tokens, 4, 0, documents).tolist() == [[11, 12, -100, 14]]
-    assert labels(tokens, 4, 1, documents).tolist() == [[12, -100, -100, -100]]
+    assert labels(Batch(tokens), 4, 0).tolist() == [[11, 12, 13, 14]]
+    assert labels(Batch(tokens, documents), 4, 0).tolist() == [[11, 12, -100, 14]]
+    assert labels(Batch(tokens, documents), 4, 1).tolist() == [[12, -100, -100, -100]]
     assert restarted_positions(documents).tolist() == [[0, 1, 2, 0, 1, 0]]
 
 
@@ -92,7 +93,7 @@ def test_masked_documents_train_as_if_alone() -> None:
     a, b = TOKENS[0, :17], TOKENS[1, :16]
     row = torch.cat((a, b))[None]
     documents = torch.tensor([[0] * 17 + [1] * 16])
-    _, packed = pretrain_loss(model, row, documents, 32, Share([1], 1), 0.0)
+    _, packed = language_loss(model, Batch(row, documents), 32, Share([1], 1), 0.0)
     apart = 0.0
     for document in (a, b):
         logits = model(document[None, :-1]).logits_BTV[0]
@@ -109,7 +110,7 @@ def test_attention_runs_again_only_when_whole_layers_do(
     monkeypatch.setattr(attention, "_Weights", lambda *inputs: made.append(1) or weights(*inputs))
     model = DeepSeekV3(ModelConfig(**MODEL))
     recompute.apply(model, what)  # type: ignore[arg-type]
-    loss, _ = pretrain_loss(model, TOKENS[:, :34], None, 32, Share([128] * 2, 4), 0.3)
+    loss, _ = language_loss(model, Batch(TOKENS[:, :34]), 32, Share([128] * 2, 4), 0.3)
     assert len(made) == 4  # three layers and the MTP module
     loss.backward()
     assert len(made) == 4 * times + 4  # the backward of attention makes its weights again itself

@@ -9,14 +9,19 @@ import pytest
 from dsv3.common.errors import UserError
 from dsv3.config.recipe import load
 from dsv3.config.train import PretrainRecipe, Segment
-from dsv3.train.schedules import Schedules, factor
+from dsv3.train.schedules import Extent, Schedules, factor
 
 T, B = 1e12, 1e9
 
 
+def schedules_of(path: str) -> Schedules:
+    recipe = load(PretrainRecipe, path)
+    return Schedules(recipe, Extent("tokens", recipe.total_tokens, recipe.sequence_length))
+
+
 @pytest.fixture(scope="module")
 def real() -> Schedules:
-    return Schedules(load(PretrainRecipe, "recipes/pretrain-v3-671b.yaml"))
+    return schedules_of("recipes/pretrain-v3-671b.yaml")
 
 
 @pytest.mark.parametrize(
@@ -62,9 +67,9 @@ def test_gamma_and_lambda_of_the_report(real: Schedules) -> None:
 
 
 def test_steps_counts_the_loop() -> None:
-    schedules = Schedules(load(PretrainRecipe, "recipes/pretrain-tiny.yaml"))
+    schedules = schedules_of("recipes/pretrain-tiny.yaml")
     tokens = count = 0
-    while tokens < schedules.recipe.total_tokens:
+    while tokens < schedules.extent.total:
         tokens += schedules.sequences(tokens) * schedules.recipe.sequence_length
         count += 1
     assert schedules.steps() == count

@@ -16,9 +16,11 @@ from dsv3.common.errors import UserError
 from dsv3.config.train import PretrainRecipe
 from dsv3.data.loader import TokenLoader
 from dsv3.data.shards import open_split
+from dsv3.train.objective import LanguageModelling
 from dsv3.train.optimizer import build
-from dsv3.train.pretrain import make_model, pretrain
+from dsv3.train.pretrain import pretrain
 from dsv3.train.run import read_lines
+from dsv3.train.stage import make_model
 from dsv3.train.trainer import Callback, StepReport, Trainer, TrainingFailed
 
 
@@ -26,7 +28,8 @@ def trainer_of(recipe: PretrainRecipe, *callbacks: Callback) -> Trainer:
     model = make_model(recipe, torch.device("cpu"))
     sources = [(shards, weight) for _, shards, weight in open_split(recipe.data.path, "train")]
     loader = TokenLoader(sources, recipe.sequence_length, 2, recipe.seed)
-    return Trainer(recipe, model, loader, build(model, recipe.optimizer), callbacks)
+    objective = LanguageModelling(loader, recipe.sequence_length, recipe.total_tokens)
+    return Trainer(recipe, model, objective, build(model, recipe.optimizer), callbacks)
 
 
 class Spoil(Callback):

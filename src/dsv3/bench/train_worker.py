@@ -24,8 +24,9 @@ def ours(job: dict[str, Any]) -> Step:
     from dsv3.config.model import ModelConfig
     from dsv3.config.recipe import validate
     from dsv3.config.train import OptimizerSection
+    from dsv3.data.loader import Batch
     from dsv3.model import DeepSeekV3
-    from dsv3.train.objective import Share, pretrain_loss
+    from dsv3.train.objective import Share, language_loss
     from dsv3.train.optimizer import build, clip_gradients
 
     with torch.device(job["device"]):
@@ -41,7 +42,7 @@ def ours(job: dict[str, Any]) -> Step:
     def step(rows: Tensor) -> float:
         length = rows.shape[1] - 1
         share = Share([rows.shape[0] * length], rows.shape[0])
-        loss, _ = pretrain_loss(model, rows, None, length, share, mtp_weight=0.0)
+        loss, _ = language_loss(model, Batch(rows), length, share, mtp_weight=0.0)
         loss.backward()
         clip_gradients(parameters, CLIP)
         optimizer.step()

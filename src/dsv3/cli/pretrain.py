@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from dsv3.cli.recipe_help import OVERRIDES, command
+from dsv3.cli.recipe_help import OVERRIDES, command, say_end
 
 if TYPE_CHECKING:
     from dsv3.config.recipe import Recipe
@@ -33,17 +33,9 @@ def pretrain(
     from dsv3.config.recipe import load
     from dsv3.config.train import PretrainRecipe
     from dsv3.train.pretrain import pretrain as run
-    from dsv3.train.run import is_finished
 
-    folder = run(load(PretrainRecipe, recipe, ctx.args), resume)
-    model = folder / "model"
-    if is_finished(folder):
-        typer.echo(f"plots: {folder}/plots   metrics: {folder}/metrics.jsonl   model: {model}")
-        typer.echo(f"next: dsv3 generate {model} --prompt 'def main('")
-    else:
-        typer.echo(
-            f"stopped; the checkpoint is saved. Go on with: dsv3 pretrain {folder}/recipe.yaml --resume auto"
-        )
+    read = load(PretrainRecipe, recipe, ctx.args)
+    say_end(read, run(read, resume) is not None, f"dsv3 generate {read.out}/model --prompt 'def main('")
 
 
 @app.command()

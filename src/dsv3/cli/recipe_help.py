@@ -1,4 +1,4 @@
-"""Help for verbs that take a recipe: every key with its meaning, unit and default."""
+"""What verbs that take a recipe share: help with every key's meaning, unit and default, and last words."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_origin
 
+import typer
 import typer.core
 
 if TYPE_CHECKING:
     from dsv3.config.recipe import Recipe
+    from dsv3.config.train import TrainRecipe
 
 # For `@app.command(context_settings=OVERRIDES)`: what is not an option of the verb is an override of a key.
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -57,3 +59,14 @@ def command(recipe_class: Callable[[], type[Recipe]]) -> type[typer.core.TyperCo
             formatter.write(describe(recipe_class()) + "\n")
 
     return WithKeys
+
+
+def say_end(recipe: TrainRecipe, finished: bool, next_command: str) -> None:
+    """The last words of a training verb: where things lie and what to do next, or how to go on."""
+    out = recipe.out
+    if finished:
+        typer.echo(f"plots: {out}/plots   metrics: {out}/metrics.jsonl   model: {out}/model")
+        typer.echo(f"next: {next_command}")
+    else:
+        again = f"dsv3 {recipe.stage} {out}/recipe.yaml --resume auto"
+        typer.echo(f"stopped; the checkpoint is saved. Go on with: {again}")

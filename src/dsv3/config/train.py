@@ -1,8 +1,8 @@
-"""Typed recipe of pre-training (report 4.2). Every key carries its meaning and unit."""
+"""Typed recipes of training: what all stages share, and pre-training (report 4.2)."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -41,7 +41,7 @@ class ScheduleSection(Recipe):
     """Four schedules, each a factor on its key, as pure functions of the tokens seen."""
 
     measure: Literal["tokens", "share"] = Field(
-        "share", description="unit of until: tokens, or share of total_tokens"
+        "share", description="unit of until: tokens, or share of the run"
     )
     learning_rate: Segments = Field((Segment(until=1, to=1),), description="factors on optimizer.lr")
     batch: Segments = Field((Segment(until=1, to=1),), description="factors on batch.sequences")
@@ -135,15 +135,18 @@ class LogSection(Recipe):
     )
 
 
-class PretrainRecipe(Recipe):
-    """Everything a pre-training run needs to know."""
+class TrainRecipe(Recipe):
+    """What every training stage needs to know; each stage adds its own."""
 
-    out: str = Field("runs/pretrain", description="run folder")
+    stage: ClassVar[str] = "train"  # the verb of the command line
+
+    out: str = Field("runs/train", description="run folder")
     seed: int = Field(0, ge=0, description="of the initial weights and the order of the data")
+    start: str | None = Field(
+        None, description="Hugging Face folder to begin from; its config.json gives the model's other fields"
+    )
     model: ModelConfig = Field(description="the model")
-    data: DataSection = Field(DataSection(), description="the data")
     sequence_length: int = Field(256, gt=1, description="tokens a sequence")
-    total_tokens: int = Field(gt=0, description="tokens to train on")
     precision: Literal["fp32", "bf16", "fp8"] = Field(
         "fp32",
         description="of activations and products; fp8: products as in report 3.3, the rest bf16 (CPU: fp32)",
@@ -161,22 +164,30 @@ class PretrainRecipe(Recipe):
     balance: BalanceSection = Field(BalanceSection(), description="balancing")
     mtp: MTPSection = Field(MTPSection(), description="multi-token prediction")
     checkpoint: CheckpointSection = Field(CheckpointSection(), description="checkpoints")
-    validation: ValidationSection = Field(ValidationSection(), description="validation")
-    samples: SamplesSection = Field(SamplesSection(), description="samples")
     ema: EMASection = Field(EMASection(), description="moving average")
     log: LogSection = Field(LogSection(), description="logging")
     max_skipped: int = Field(10, gt=0, description="steps in a row with a non-finite loss before giving up")
 
-    @model_validator(mode="before")
     @classmethod
-    def _whole_tokens(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and isinstance(tree.get("total_tokens"), float):  # 3e6 is read as a float
-            return {**tree, "total_tokens": int(tree["total_tokens"])}
-        return tree
+    def expand(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """With ``start``, the model is that folder's; keys of ``model`` change its fields."""
+        start, changed = tree.get("start"), tree.get("model") or {}
+        if not isinstance(start, str) or not isinstance(changed, dict) or "preset" in changed:
+            return tree
+        return {**tree, "model": {**ModelConfig.from_pretrained(start).model_dump(), **changed}}
+
+    def _length(self) -> float:
+        """Where schedules end, in the unit of ``schedule.measure``."""
+        if self.schedule.measure == "tokens":
+            raise ValueError(
+                f"schedule.measure (tokens): the tokens of a {self.stage} run are not known beforehand; "
+                "use share"
+            )
+        return 1.0
 
     @model_validator(mode="after")
-    def _check(self) -> PretrainRecipe:
-        end = 1.0 if self.schedule.measure == "share" else float(self.total_tokens)
+    def _check(self) -> Self:
+        end = self._length()
         for name in ("learning_rate", "batch", "gamma", "mtp"):
             segments: Segments = getattr(self.schedule, name)
             if not segments:
@@ -200,6 +211,28 @@ class PretrainRecipe(Recipe):
                 f"({self.model.max_position_embeddings}); raise the latter"
             )
         return self
+
+
+class PretrainRecipe(TrainRecipe):
+    """Everything a pre-training run needs to know."""
+
+    stage: ClassVar[str] = "pretrain"
+
+    out: str = Field("runs/pretrain", description="run folder")
+    data: DataSection = Field(DataSection(), description="the data")
+    total_tokens: int = Field(gt=0, description="tokens to train on")
+    validation: ValidationSection = Field(ValidationSection(), description="validation")
+    samples: SamplesSection = Field(SamplesSection(), description="samples")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_tokens(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("total_tokens"), float):  # 3e6 is read as a float
+            return {**tree, "total_tokens": int(tree["total_tokens"])}
+        return tree
+
+    def _length(self) -> float:
+        return 1.0 if self.schedule.measure == "share" else float(self.total_tokens)
 
 
 def check_vocabulary(config: ModelConfig, tokenizer_size: int) -> None:

@@ -18,14 +18,20 @@ from dsv3.data.shards import TokenShards
 
 @dataclass(frozen=True)
 class Batch:
-    """``tokens_BT`` int64; ``documents_BT`` int32, the document of each token, counted from 0 in its sample.
+    """Rows of tokens, all ``[B, T]``.
 
-    ``documents_BT`` is None unless the loader was asked to tell documents apart: the report packs documents
-    without a mask between them (4.1).
+    ``tokens_BT`` int64. ``documents_BT`` int32, the document of each token, counted from 0 in its row; None:
+    not told apart, as the report packs (4.1). ``bears_BT`` bool, tokens that bear loss as targets; None: all.
     """
 
     tokens_BT: torch.Tensor
     documents_BT: torch.Tensor | None = None
+    bears_BT: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same rows on a device."""
+        rows = (self.tokens_BT, self.documents_BT, self.bears_BT)
+        return Batch(*(None if x is None else x.to(device) for x in rows))  # type: ignore[arg-type]
 
 
 class TokenLoader:

@@ -1,18 +1,29 @@
-"""The pre-training objective: next token, MTP and balance losses (report 2.1.2 and 2.2).
+"""The objective of language modelling: next token, MTP and balance losses (report 2.1.2 and 2.2).
 
-Shapes: B batch, T time, F extra tokens (1 + MTP depth).
+Shapes: B batch, T time (X: with the extra tokens, 1 + MTP depth), F extra tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dsv3.data.loader import Batch
 from dsv3.model import DeepSeekV3
 from dsv3.model.moe import RouterStats
 from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
+from dsv3.train.schedules import Extent
+from dsv3.train.trainer import Accumulated, Trainer
+
+
+class Loader(Protocol):
+    """Batches as a pure function of the sample's index."""
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """``count`` samples from ``first_sample`` on."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +48,19 @@ class Losses:
     router: dict[int, RouterStats]
 
 
-def labels(tokens_BX: Tensor, length: int, depth: int, documents_BX: Tensor | None) -> Tensor:
-    """Targets of depth k for each of the first ``length`` positions: the token k + 1 places on.
+def labels(batch: Batch, length: int, depth: int) -> Tensor:
+    """Targets of depth k for each of the first ``length`` positions: the token k + 1 places on, ``[B, T]``.
 
-    With documents, a target in another document than its position bears no loss.
+    A target that bears no loss, or lies in another document than its position, is ``IGNORE``.
     """
-    target = tokens_BX[:, 1 + depth : 1 + depth + length]
-    if documents_BX is None:
-        return target
-    same = documents_BX[:, 1 + depth : 1 + depth + length] == documents_BX[:, :length]
-    return torch.where(same, target, IGNORE)
+    target = batch.tokens_BT[:, 1 + depth : 1 + depth + length]
+    if batch.documents_BT is not None:
+        documents = batch.documents_BT
+        same = documents[:, 1 + depth : 1 + depth + length] == documents[:, :length]
+        target = torch.where(same, target, IGNORE)
+    if batch.bears_BT is not None:
+        target = torch.where(batch.bears_BT[:, 1 + depth : 1 + depth + length], target, IGNORE)
+    return target
 
 
 def restarted_positions(documents_BT: Tensor) -> Tensor:
@@ -57,20 +71,16 @@ def restarted_positions(documents_BT: Tensor) -> Tensor:
     return place - torch.where(first, place, 0).cummax(dim=1)[0]
 
 
-def pretrain_loss(
-    model: DeepSeekV3,
-    tokens_BX: Tensor,
-    documents_BX: Tensor | None,
-    length: int,
-    share: Share,
-    mtp_weight: float,
+def language_loss(
+    model: DeepSeekV3, batch: Batch, length: int, share: Share, mtp_weight: float
 ) -> tuple[Tensor, Losses]:
     """Loss of one micro batch (to be summed over the step's micro batches) and its parts.
 
-    ``tokens_BX`` int64 ``[B, T + F]``: T inputs and the tokens that follow, so that every position of every
-    depth has its target.
+    The batch holds ``length`` inputs a row and the tokens that follow, so that every position of every depth
+    has its target.
     """
-    documents_BT = None if documents_BX is None else documents_BX[:, :length]
+    tokens_BX = batch.tokens_BT
+    documents_BT = None if batch.documents_BT is None else batch.documents_BT[:, :length]
     positions = None if documents_BT is None else restarted_positions(documents_BT)
     states, router = model.hidden_states(
         tokens_BX[:, :length],
@@ -81,9 +91,7 @@ def pretrain_loss(
     )
     head = model.lm_head.weight
     losses = [
-        linear_cross_entropy(
-            state.flatten(0, 1), head, labels(tokens_BX, length, depth, documents_BX).flatten()
-        )
+        linear_cross_entropy(state.flatten(0, 1), head, labels(batch, length, depth).flatten())
         / max(1, share.tokens[depth])
         for depth, state in enumerate(states)
     ]
@@ -97,3 +105,36 @@ def pretrain_loss(
         balance = torch.stack(balances).sum() * (tokens_BX.shape[0] / share.sequences)
         total = total + model.config.aux_loss_alpha * balance
     return total, Losses(main.detach(), [x.detach() for x in mtp], balance.detach(), router)
+
+
+class LanguageModelling:
+    """Next token, MTP and balance losses over a loader's batches: pre-training, extension, SFT."""
+
+    def __init__(self, loader: Loader, length: int, total_tokens: int):
+        self.loader, self.length = loader, length
+        self.extent = Extent("tokens", total_tokens, length)
+
+    def accumulate(self, trainer: Trainer, sequences: int) -> Accumulated:
+        """Gradients of the whole step's batch, one micro batch at a time."""
+        micro, first = trainer.recipe.batch.micro_sequences, trainer.state.samples
+        mtp_weight = trainer.schedules.mtp_weight(trainer.seen)
+        batches = [
+            self.loader.batch(first + done, min(micro, sequences)) for done in range(0, sequences, micro)
+        ]
+        depths = 1 + len(trainer.model.mtp_modules)
+        counts = [sum(int((labels(b, self.length, k) >= 0).sum()) for b in batches) for k in range(depths)]
+        share = Share(counts, sequences)
+        losses = []
+        for batch in batches:
+            loss, parts = language_loss(
+                trainer.model, batch.to(trainer.device), self.length, share, mtp_weight
+            )
+            loss.backward()
+            trainer.balancer.add(parts.router)
+            losses.append(parts)
+        metrics = {
+            "mtp_loss": [sum(float(x.mtp[k]) for x in losses) for k in range(len(losses[0].mtp))],
+            "balance_loss": sum(float(x.balance) for x in losses),
+            "mtp_weight": mtp_weight,
+        }
+        return Accumulated(sum(float(x.main) for x in losses), sequences * self.length, metrics)

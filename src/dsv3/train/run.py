@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from dsv3.common.errors import UserError
@@ -67,13 +66,6 @@ class RunFolder:
             self.progress.line(text)
         else:
             print(text, file=sys.stderr, flush=True)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run folder's last step saw the last token of its recipe."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    seen = [line["tokens"] for line in read_lines(folder / "metrics.jsonl") if "tokens" in line]
-    return bool(seen) and max(seen) >= recipe["total_tokens"]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,10 +1,24 @@
-"""Schedules as pure functions of the tokens seen (report 4.2)."""
+"""Schedules as pure functions of how much a run has seen (report 4.2)."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
-from dsv3.config.train import PretrainRecipe, Segments
+from dsv3.config.train import Segments, TrainRecipe
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How long a run is: ``total`` of ``unit``, of which every sequence counts ``each``.
+
+    Pre-training and SFT count tokens, stages whose sequences differ in length count sequences (samples).
+    """
+
+    unit: Literal["tokens", "samples"]
+    total: int
+    each: int
 
 
 def factor(segments: Segments, position: float) -> float:
@@ -27,45 +41,45 @@ def factor(segments: Segments, position: float) -> float:
 
 
 class Schedules:
-    """The four scheduled quantities of a recipe, each a function of the tokens seen before the step."""
+    """The four scheduled quantities of a recipe, each a function of what was seen before the step."""
 
-    def __init__(self, recipe: PretrainRecipe):
-        self.recipe = recipe
-        self.unit = 1.0 if recipe.schedule.measure == "tokens" else float(recipe.total_tokens)
+    def __init__(self, recipe: TrainRecipe, extent: Extent):
+        self.recipe, self.extent = recipe, extent
+        self.unit = 1.0 if recipe.schedule.measure == "tokens" else float(extent.total)
 
-    def _at(self, segments: Segments, tokens: float) -> float:
-        return factor(segments, tokens / self.unit)
+    def _at(self, segments: Segments, seen: float) -> float:
+        return factor(segments, seen / self.unit)
 
-    def sequences(self, tokens: float) -> int:
+    def sequences(self, seen: float) -> int:
         """Sequences of the step: whole micro batches, or less than one where the ramp begins."""
         micro = self.recipe.batch.micro_sequences
-        wanted = int(self.recipe.batch.sequences * self._at(self.recipe.schedule.batch, tokens) + 1e-9)
+        wanted = int(self.recipe.batch.sequences * self._at(self.recipe.schedule.batch, seen) + 1e-9)
         return max(1, wanted) if wanted < micro else wanted // micro * micro
 
-    def learning_rate(self, tokens: float) -> float:
+    def learning_rate(self, seen: float) -> float:
         """Learning rate of the step: during warm-up that of the step's end, so that the first is not zero."""
         segments = self.recipe.schedule.learning_rate
-        if tokens / self.unit < segments[0].until and segments[0].shape == "linear":
-            tokens += self.sequences(tokens) * self.recipe.sequence_length
-            tokens = min(tokens, segments[0].until * self.unit)
-        return self.recipe.optimizer.lr * self._at(segments, tokens)
+        if seen / self.unit < segments[0].until and segments[0].shape == "linear":
+            seen += self.sequences(seen) * self.extent.each
+            seen = min(seen, segments[0].until * self.unit)
+        return self.recipe.optimizer.lr * self._at(segments, seen)
 
-    def gamma(self, tokens: float) -> float:
+    def gamma(self, seen: float) -> float:
         """Step of the experts' biases."""
-        return self.recipe.balance.gamma * self._at(self.recipe.schedule.gamma, tokens)
+        return self.recipe.balance.gamma * self._at(self.recipe.schedule.gamma, seen)
 
-    def mtp_weight(self, tokens: float) -> float:
+    def mtp_weight(self, seen: float) -> float:
         """Lambda, the weight of the MTP loss."""
-        return self.recipe.mtp.weight * self._at(self.recipe.schedule.mtp, tokens)
+        return self.recipe.mtp.weight * self._at(self.recipe.schedule.mtp, seen)
 
-    def steps(self, tokens: int = 0) -> int:
-        """Optimizer steps from ``tokens`` seen to the end of the run."""
-        count, length, total = 0, self.recipe.sequence_length, self.recipe.total_tokens
+    def steps(self, seen: int = 0) -> int:
+        """Optimizer steps from where ``seen`` are seen to the end of the run."""
+        count, each, total = 0, self.extent.each, self.extent.total
         last = self.recipe.schedule.batch[-1]
         settled = last.until if len(self.recipe.schedule.batch) == 1 else self.recipe.schedule.batch[-2].until
-        while tokens < total:
-            if tokens / self.unit >= settled and last.shape == "constant":  # the batch no longer changes
-                return count + math.ceil((total - tokens) / (self.sequences(tokens) * length))
-            tokens += self.sequences(tokens) * length
+        while seen < total:
+            if seen / self.unit >= settled and last.shape == "constant":  # the batch no longer changes
+                return count + math.ceil((total - seen) / (self.sequences(seen) * each))
+            seen += self.sequences(seen) * each
             count += 1
         return count

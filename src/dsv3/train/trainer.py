@@ -1,4 +1,7 @@
-"""The training loop. It knows steps, tokens and loss; everything else is a callback."""
+"""The training loop. It knows steps, tokens and loss.
+
+What is minimised, and on which data, is the objective's; everything else that happens is a callback's.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dsv3.common.errors import Failure
-from dsv3.config.train import PretrainRecipe
-from dsv3.data.loader import TokenLoader
+from dsv3.config.train import TrainRecipe
 from dsv3.model import DeepSeekV3
 from dsv3.train.balance import Balancer, max_violation
-from dsv3.train.objective import Losses, Share, labels, pretrain_loss
 from dsv3.train.optimizer import clip_gradients
-from dsv3.train.schedules import Schedules
+from dsv3.train.schedules import Extent, Schedules
 
 
 class TrainingFailed(Failure):
@@ -33,7 +34,7 @@ class Progressed:
 
     step: int = 0
     tokens: int = 0
-    samples: int = 0  # sequences taken from the loader
+    samples: int = 0  # sequences
     skipped: int = 0  # steps left out for a non-finite loss or gradient, in all
     skipped_in_row: int = 0
 
@@ -45,6 +46,28 @@ class StepReport:
     metrics: dict[str, Any]
     loads: dict[int, list[int]]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What the passes of one step came to: loss, tokens seen, and the objective's own ``metrics``."""
+
+    loss: float
+    tokens: int
+    metrics: dict[str, Any]
+
+
+class Objective(Protocol):
+    """What a stage minimises. One that keeps something from step to step is a :class:`Callback` too."""
+
+    extent: Extent
+
+    def accumulate(self, trainer: Trainer, sequences: int) -> Accumulated:
+        """Forward and backward of a whole step's ``sequences``: gradients stay in the parameters.
+
+        The sequences follow the ``trainer.state.samples`` taken before; routing statistics of every forward
+        go to ``trainer.balancer.add``.
+        """
 
 
 class Callback:
@@ -72,26 +95,31 @@ class Callback:
 
 @dataclass
 class Trainer:
-    """Trains ``model`` by ``recipe`` until its tokens are used up, or a signal asks to stop."""
+    """Trains ``model`` by ``recipe`` to the end of the objective's extent, or until a signal asks to stop."""
 
-    recipe: PretrainRecipe
+    recipe: TrainRecipe
     model: DeepSeekV3
-    loader: TokenLoader
+    objective: Objective
     optimizer: torch.optim.Optimizer
     callbacks: Sequence[Callback] = ()
     state: Progressed = field(default_factory=Progressed)
     stopping: str | None = None  # name of the signal that asked to stop
 
     def __post_init__(self) -> None:
-        self.schedules = Schedules(self.recipe)
+        self.schedules = Schedules(self.recipe, self.objective.extent)
         self.balancer = Balancer(self.model.moe_layers())
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.device = self.model.lm_head.weight.device
 
     @property
+    def seen(self) -> int:
+        """How much of the objective's extent is done: what schedules are functions of."""
+        return int(getattr(self.state, self.objective.extent.unit))
+
+    @property
     def finished(self) -> bool:
-        """Whether every token of the recipe has been seen."""
-        return self.state.tokens >= self.recipe.total_tokens
+        """Whether the run has seen all it is to see."""
+        return self.seen >= self.objective.extent.total
 
     def train(self) -> None:
         """Run to the end. SIGTERM and SIGINT end the loop after the step in progress."""
@@ -119,17 +147,13 @@ class Trainer:
     def step(self) -> StepReport:
         """One optimizer step: forward and backward of every micro batch, clip, update, balance."""
         started = time.perf_counter()
-        state, recipe = self.state, self.recipe
-        sequences = self.schedules.sequences(state.tokens)
-        learning_rate = self.schedules.learning_rate(state.tokens)
-        mtp_weight = self.schedules.mtp_weight(state.tokens)
-        gamma = self.schedules.gamma(state.tokens)
+        state, seen = self.state, self.seen
+        sequences = self.schedules.sequences(seen)
+        learning_rate, gamma = self.schedules.learning_rate(seen), self.schedules.gamma(seen)
 
-        losses = self._accumulate(sequences, mtp_weight)
-        norm = clip_gradients(self.parameters, recipe.optimizer.clip)
-        main = sum(float(x.main) for x in losses)
-        mtp = [sum(float(x.mtp[k]) for x in losses) for k in range(len(losses[0].mtp))]
-        finite = math.isfinite(main) and math.isfinite(norm)
+        done = self.objective.accumulate(self, sequences)
+        norm = clip_gradients(self.parameters, self.recipe.optimizer.clip)
+        finite = math.isfinite(done.loss) and math.isfinite(norm)
         for callback in self.callbacks:
             callback.before_update(self)
         if finite:
@@ -145,51 +169,25 @@ class Trainer:
         loads = self.balancer.take()
         state.step += 1
         state.samples += sequences
-        state.tokens += sequences * recipe.sequence_length
-        if state.skipped_in_row >= recipe.max_skipped:
+        state.tokens += done.tokens
+        if state.skipped_in_row >= self.recipe.max_skipped:
             raise TrainingFailed(
-                f"loss ({main}) or gradient norm ({norm}) was not finite for {state.skipped_in_row} steps in "
-                f"a row, the last of them {state.step}: resume from the last checkpoint with a lower "
-                "--optimizer.lr, or look at the data"
+                f"loss ({done.loss}) or gradient norm ({norm}) was not finite for {state.skipped_in_row} "
+                f"steps in a row, the last of them {state.step}: resume from its last checkpoint with a "
+                "lower --optimizer.lr, or look at the data"
             )
         seconds = time.perf_counter() - started
         metrics = {
             "step": state.step,
             "tokens": state.tokens,
-            "loss": main,
-            "mtp_loss": mtp,
-            "balance_loss": sum(float(x.balance) for x in losses),
+            "loss": done.loss,
+            **done.metrics,
             "grad_norm": norm,
             "lr": learning_rate,
-            "mtp_weight": mtp_weight,
             "gamma": gamma,
             "batch_sequences": sequences,
-            "tokens_per_second": sequences * recipe.sequence_length / seconds,
+            "tokens_per_second": done.tokens / seconds,
             "skipped": state.skipped,
             "max_violation": {layer: round(max_violation(load), 4) for layer, load in loads.items()},
         }
         return StepReport(metrics, loads, seconds)
-
-    def _accumulate(self, sequences: int, mtp_weight: float) -> list[Losses]:
-        """Gradients of the whole step's batch, one micro batch at a time."""
-        micro, length = self.recipe.batch.micro_sequences, self.recipe.sequence_length
-        batches = [
-            self.loader.batch(self.state.samples + first, min(micro, sequences))
-            for first in range(0, sequences, micro)
-        ]
-        depths = 1 + len(self.model.mtp_modules)
-        counts = [
-            sum(int((labels(b.tokens_BT, length, k, b.documents_BT) >= 0).sum()) for b in batches)
-            for k in range(depths)
-        ]
-        share = Share(counts, sequences)
-        losses = []
-        for batch in batches:
-            documents = None if batch.documents_BT is None else batch.documents_BT.to(self.device)
-            loss, parts = pretrain_loss(
-                self.model, batch.tokens_BT.to(self.device), documents, length, share, mtp_weight
-            )
-            loss.backward()
-            self.balancer.add(parts.router)
-            losses.append(parts)
-        return losses

@@ -73,7 +73,9 @@ class Metrics(Callback):
         self.flops = train_flops_per_token(recipe.model, recipe.sequence_length)
         self.peak = device_peak(device)
         self.tracker = open_tracker(recipe.log.report_to, self.run)
-        self.run.progress = Progress("pretrain", recipe.total_tokens, "tok", done=trainer.state.tokens)
+        extent = trainer.objective.extent
+        unit = "tok" if extent.unit == "tokens" else "sequences"
+        self.run.progress = Progress(recipe.stage, extent.total, unit, done=trainer.seen)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """One record, one move of the bar."""
@@ -88,9 +90,8 @@ class Metrics(Callback):
                 self.tracker({**numbers, "max_violation_worst": worst}, trainer.state.step)
         if self.run.progress is not None:
             self.run.progress.note(f"loss {record['loss']:.3f}  lr {record['lr']:.1e}")
-            left = trainer.recipe.total_tokens - self.run.progress.done  # the last step may go past the end
-            tokens = record["batch_sequences"] * trainer.recipe.sequence_length
-            self.run.progress.advance(max(0, min(tokens, left)))
+            seen = min(trainer.seen, trainer.objective.extent.total)  # the last step may go past the end
+            self.run.progress.advance(max(0, seen - self.run.progress.done))
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the bar."""

@@ -51,9 +51,9 @@ def draw_loss(steps: list[dict[str, Any]], checks: list[dict[str, Any]], path: P
     loss = _column(steps, "loss")
     left.plot(tokens, loss, color="C0", alpha=0.25, linewidth=0.8)
     left.plot(tokens, _smooth(loss, width), color="C0", label="next token")
-    depths = max((len(line["mtp_loss"]) for line in steps), default=0)
+    depths = max((len(line.get("mtp_loss", ())) for line in steps), default=0)
     for depth in range(depths):
-        kept = [line for line in steps if len(line["mtp_loss"]) > depth]
+        kept = [line for line in steps if len(line.get("mtp_loss", ())) > depth]
         values = np.array([line["mtp_loss"][depth] for line in kept])
         name = "MTP" if depths == 1 else f"MTP depth {depth + 1}"
         color = f"C{depth + 1}"
@@ -74,11 +74,12 @@ def draw_loss(steps: list[dict[str, Any]], checks: list[dict[str, Any]], path: P
 
 def draw_schedules(steps: list[dict[str, Any]], path: Path) -> None:
     """Learning rate, batch, gamma and lambda as they were applied."""
-    figure, axes = _figure(1, 4, 13, 2.8)
     names = {
         "lr": "learning rate", "batch_sequences": "sequences a step",
         "gamma": "bias step gamma", "mtp_weight": "MTP weight lambda",
     }  # fmt: skip
+    names = {key: name for key, name in names.items() if key in steps[-1]}
+    figure, axes = _figure(1, len(names), 3.25 * len(names), 2.8)
     for axis, (key, name) in zip(axes[0], names.items()):
         axis.plot(_column(steps, "tokens"), _column(steps, key))
         axis.set(xlabel="tokens", title=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsv3.config.train import SamplesSection, ValidationSection
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evaluate.held_out import HeldOut, evaluate
 from dsv3.evaluate.sample import complete
@@ -14,8 +15,9 @@ from dsv3.train.trainer import Callback, StepReport, Trainer
 class Validation(Callback):
     """Reads the same held-out sequences every ``validation.every`` steps and at the end."""
 
-    def __init__(self, run: RunFolder, tokens_SX: Tensor, byte_lengths: Tensor):
-        self.run, self.tokens_SX, self.byte_lengths = run, tokens_SX, byte_lengths
+    def __init__(self, run: RunFolder, tokens_SX: Tensor, byte_lengths: Tensor, options: ValidationSection):
+        self.run, self.options = run, options
+        self.tokens_SX, self.byte_lengths = tokens_SX, byte_lengths
         self.last: HeldOut | None = None
         self.last_step = -1
 
@@ -44,7 +46,7 @@ class Validation(Callback):
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Every ``validation.every`` steps."""
-        if trainer.state.step % trainer.recipe.validation.every == 0:
+        if trainer.state.step % self.options.every == 0:
             self.measure(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
@@ -56,12 +58,12 @@ class Validation(Callback):
 class Samples(Callback):
     """Continues the recipe's prompts every ``samples.every`` steps and at the end."""
 
-    def __init__(self, run: RunFolder, tokenizer: Tokenizer):
-        self.run, self.tokenizer = run, tokenizer
+    def __init__(self, run: RunFolder, tokenizer: Tokenizer, options: SamplesSection):
+        self.run, self.tokenizer, self.options = run, tokenizer, options
 
     def write(self, trainer: Trainer) -> None:
         """One line of ``samples.jsonl`` a prompt."""
-        options, tokenizer = trainer.recipe.samples, self.tokenizer
+        options, tokenizer = self.options, self.tokenizer
         trainer.model.eval()
         for prompt in options.prompts:
             text = complete(
@@ -77,7 +79,7 @@ class Samples(Callback):
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Every ``samples.every`` steps."""
-        if trainer.state.step % trainer.recipe.samples.every == 0 and not trainer.finished:
+        if trainer.state.step % self.options.every == 0 and not trainer.finished:
             self.write(trainer)
 
     def on_end(self, trainer: Trainer) -> None:

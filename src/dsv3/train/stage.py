@@ -1,0 +1,146 @@
+"""What every training stage does around its objective: device, model, run folder, resume, train, export."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dsv3.checkpoint import run as checkpoints
+from dsv3.checkpoint.hf import save
+from dsv3.checkpoint.weights import Weights
+from dsv3.common.errors import UserError
+from dsv3.common.files import TEMPORARY
+from dsv3.config.train import TrainRecipe
+from dsv3.model import DeepSeekV3
+from dsv3.quant import fp8
+from dsv3.train import recompute
+from dsv3.train.callbacks.checkpoints import Checkpoints, resume
+from dsv3.train.callbacks.ema import EMA
+from dsv3.train.callbacks.metrics import Metrics
+from dsv3.train.callbacks.plots import Plots
+from dsv3.train.callbacks.watch import Watch
+from dsv3.train.optimizer import build
+from dsv3.train.run import RunFolder
+from dsv3.train.trainer import Callback, Objective, Trainer
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device ({name}) is unknown; use cpu, cuda or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device ({name}) is not there; use --device cpu")
+    return device
+
+
+def make_model(recipe: TrainRecipe, device: torch.device) -> DeepSeekV3:
+    """The model of a recipe: initial or ``start``'s weights in FP32, precision, recompute and compilation."""
+    check_start(recipe)
+    with torch.device(device):
+        model = DeepSeekV3(recipe.model, seed=recipe.seed)
+    if recipe.start is not None:
+        with Weights(recipe.start) as weights:
+            weights.fill(model)
+    if recipe.precision == "bf16" or (recipe.precision == "fp8" and device.type != "cpu"):
+        model.model.embed_tokens.compute_dtype = torch.bfloat16
+    if recipe.precision == "fp8":
+        fp8.apply(model, recipe.fp8)
+    recompute.apply(model, recipe.recompute)
+    if recipe.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    return model
+
+
+def check_start(recipe: TrainRecipe) -> None:
+    """Refuse a ``start`` whose tensors are not the model's, from its files' headers."""
+    if recipe.start is not None:
+        with torch.device("meta"):
+            model = DeepSeekV3(recipe.model)
+        with Weights(recipe.start) as weights:
+            weights.check(model)
+
+
+def open_run(recipe: TrainRecipe, resume_from: str | None) -> tuple[RunFolder, Path | None]:
+    """The run's folder, and the checkpoint to go on from.
+
+    ``resume_from``: None starts anew (and refuses a folder that holds a run), ``auto`` goes on from the
+    newest whole checkpoint of the run folder if there is one, a path from that checkpoint. Call it when
+    everything else of the recipe has been checked: it writes the folder.
+    """
+    if resume_from not in (None, "auto"):
+        if not Path(str(resume_from)).is_dir():
+            raise UserError(
+                f"--resume ({resume_from}) is no checkpoint's folder; use auto or OUT/checkpoints/step-..."
+            )
+        checkpoints.verify(str(resume_from))  # before anything is written
+    run = RunFolder(recipe.out)
+    run.begin(recipe, resume=resume_from is not None)
+    if resume_from != "auto":
+        return run, None if resume_from is None else Path(resume_from)
+    found, messages = checkpoints.latest(run.checkpoints)
+    for message in messages:
+        run.log(f"{message}; the checkpoint before it is used")
+    return run, found
+
+
+def train_stage(
+    recipe: TrainRecipe,
+    model: DeepSeekV3,
+    objective: Objective,
+    run: RunFolder,
+    checkpoint: Path | None,
+    files: Sequence[Path],
+    callbacks: Sequence[Callback] = (),
+) -> Path | None:
+    """Train ``model`` to the objective's end and export ``OUT/model``.
+
+    Returns the run's folder, None when a signal stopped it before its end.
+
+    ``files`` are the tokenizer's, kept beside the weights. ``callbacks`` are the stage's own, beside those of
+    every stage (the objective too, if it is one). Raises :class:`TrainingFailed` if the run cannot go on.
+    """
+    ema = EMA(recipe.ema.decay) if recipe.ema.decay else None
+    everyone = [
+        Metrics(run), Watch(run), *callbacks, *([ema] if ema is not None else []),
+        Checkpoints(run, list(files)), Plots(run),
+    ]  # fmt: skip
+    trainer = Trainer(recipe, model, objective, build(model, recipe.optimizer, recipe.precision), everyone)
+    if checkpoint is not None:
+        changed = resume(trainer, checkpoint)
+        run.rewind(trainer.state.step)
+        run.log(f"resumed from {checkpoint.name} at {trainer.state.tokens} tokens")
+        if changed:
+            run.log(f"changed since it was saved: {'; '.join(changed)}")
+        if trainer.finished:
+            run.log(f"all {objective.extent.total} {objective.extent.unit} are seen already")
+    trainer.train()
+    if trainer.stopping:
+        run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")
+        return None
+    export(model, run.path / "model", files)
+    run.log(f"finished after {trainer.state.step} steps; the model is in {run.path / 'model'}")
+    if ema is not None:
+        ema.load_into(model)
+        export(model, run.path / "model-ema", files)
+        run.log(f"the moving average of its weights is in {run.path / 'model-ema'}")
+    return run.path
+
+
+def export(model: DeepSeekV3, target: Path, files: Sequence[Path]) -> None:
+    """A Hugging Face folder of the finished model; one of a shorter run before gives way to it."""
+    fresh, old = (target.with_name(f"{TEMPORARY}{kind}-{target.name}") for kind in ("new", "old"))
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    save(model, fresh, tokenizer_files=files)
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
