@@ -1,0 +1,169 @@
+"""A model over pipeline ranks: cut, split, scheduled (report 3.2.1).
+
+Shapes: B batch, T time, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining.schedules import (
+    OVERLAP_F_B,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.tensor import DTensor
+
+from dsv3.common.errors import UserError
+from dsv3.data.loader import Batch
+from dsv3.model import DeepSeekV3
+from dsv3.model.loss import Losses, Share
+from dsv3.parallel.pipeline import split
+from dsv3.parallel.pipeline.cut import V_SHAPED, costs, cut, stages_of
+from dsv3.parallel.pipeline.slice import Slice, Work
+from dsv3.parallel.pipeline.stage import Stage, Trace, overlapped
+
+_SCHEDULES: dict[str, Any] = {
+    "1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+class Pipeline:
+    """This rank's slices of ``model`` and the schedule that runs them over ``group``.
+
+    The slices hold the model's own modules: drop the model, and what is not of this rank goes with it. Apply
+    number formats and recomputation to the model before, sharding to :attr:`modules` after. Zero bubbles and
+    overlap come from the schedule: W apart from B in zbv and dualpipev; in dualpipev a forward and a backward
+    take turns while rows travel between experts (not where FSDP shards the slices' weights: its hooks want
+    whole modules).
+
+    ``length``: tokens of a sequence, for the costs by which the model is cut and the shape that travels.
+    Raises :class:`UserError` where the model has too few layers.
+    """
+
+    def __init__(self, model: DeepSeekV3, schedule: str, group: dist.ProcessGroup, length: int):
+        self.config, self.schedule, self.group, self.length = model.config, schedule, group, length
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.stages = stages_of(schedule, self.rank, self.ranks)
+        self.cut = cut(costs(model, length), schedule, self.ranks)
+        embedding = model.model.embed_tokens
+        self.dtype = embedding.compute_dtype or embedding.weight.dtype
+        self.depths = len(model.mtp_modules)
+        together = schedule in V_SHAPED or self.ranks == 1
+        self.modules: list[Slice] = []
+        for stage in self.stages:
+            last = stage == len(self.cut) - 1
+            lookup = None
+            if last and self.depths:
+                lookup = embedding if together else copy.deepcopy(embedding)
+            self.modules.append(Slice(model, self.cut[stage], lookup, borrowed=together))
+        for module in self.modules:
+            split.apply(module, module.gradients)
+        self.trace: Trace | None = None  # set one, and the next steps are noted in it
+        self._two_embeddings = self.depths > 0 and not together
+        self._built: tuple[Any, ...] | None = None
+
+    @property
+    def repeated(self) -> list[nn.Parameter]:
+        """Parameters of this rank that another rank holds too: a norm over all ranks counts them there."""
+        return [p for module in self.modules if module.ends and not module.begins for p in _embedding(module)]
+
+    def layers(self) -> dict[int, nn.Module]:
+        """The decoder layers of this rank by id, MTP modules too."""
+        return {number: layer for module in self.modules for number, layer in module.layers().items()}
+
+    def accumulate(self, batches: list[Batch], share: Share, mtp_weight: float) -> Losses:
+        """Forward and backward of a step: gradients are left in the parameters.
+
+        ``batches``: this data rank's micro-batches of the step, on this rank's device, the same on every rank
+        of the group, all of one shape. Returns this rank's part of the losses, sums over the micro-batches
+        (zero where it has none), and the loads of its layers: summed over ranks they are the step's.
+        Raises :class:`UserError` where the schedule wants more micro-batches.
+        """
+        device = batches[0].tokens_BT.device
+        work = Work(batches, self.length, share, mtp_weight)
+        for module in self.modules:
+            module.work = work
+        runner = self._runner(len(batches), len(batches[0].tokens_BT), device)
+        numbers = torch.arange(len(batches))
+        runner.step(micro=numbers, target=numbers, losses=[], return_outputs=False)
+        if self._two_embeddings and mtp_weight > 0:
+            self._add_embedding_gradients()
+        return work.losses(self.depths, device)
+
+    def _runner(self, micro_batches: int, sequences: int, device: torch.device) -> Any:
+        """The schedule for so many micro-batches of this shape: as a rule the one of the step before."""
+        key = (micro_batches, sequences, device, self.trace)
+        if self._built is not None and self._built[0] == key:
+            return self._built[1]
+        self._check(micro_batches)
+        stream = torch.empty(sequences, self.length, self.config.hidden_size, dtype=self.dtype, device=device)
+        sharded = any(isinstance(m, FSDPModule) for module in self.modules for m in module.modules())
+        stepped = self.schedule == "dualpipev" and not sharded
+        stages = [
+            Stage(module, index, len(self.cut), self.group, stream, stepped, self.trace)
+            for index, module in zip(self.stages, self.modules)
+        ]
+        runner = _SCHEDULES[self.schedule](
+            stages[0] if self.schedule == "1f1b" else stages,
+            n_microbatches=micro_batches,
+            loss_fn=lambda output, target: output,  # the last slice makes the loss itself
+            scale_grads=False,  # losses are shares of the step's
+        )
+        if stepped:
+            runner.register_custom_function(OVERLAP_F_B, overlapped)
+        self._built = (key, runner)
+        return runner
+
+    def _check(self, micro_batches: int) -> None:
+        stages = len(self.cut)
+        least = {"1f1b": stages, "dualpipev": stages}.get(self.schedule, 1)
+        if micro_batches < least:
+            raise UserError(
+                f"schedule {self.schedule} with {self.ranks} pipeline ranks needs {least} micro-batches a "
+                f"step, there are {micro_batches}: raise batch.sequences, lower batch.micro_sequences, or "
+                "use zbv"
+            )
+        if self.schedule == "interleaved" and micro_batches % self.ranks:
+            raise UserError(
+                f"schedule interleaved needs a multiple of its pipeline ranks ({self.ranks}) as "
+                f"micro-batches, there are {micro_batches}: change batch.sequences or batch.micro_sequences"
+            )
+
+    @torch.no_grad()
+    def _add_embedding_gradients(self) -> None:
+        """Both copies of the embedding get the sum of their gradients, and so stay equal."""
+        for module in self.modules:
+            if module.begins == module.ends:
+                continue
+            (weight,) = _embedding(module)
+            # The first stage is on rank 0, the last one on the last rank.
+            other = dist.get_global_rank(self.group, self.ranks - 1 if module.begins else 0)
+            assert weight.grad is not None
+            mine = _local(weight.grad)
+            theirs = torch.empty_like(mine)
+            exchange = [
+                dist.P2POp(dist.isend, mine.contiguous(), other, self.group),
+                dist.P2POp(dist.irecv, theirs, other, self.group),
+            ]
+            for work in dist.batch_isend_irecv(exchange):
+                work.wait()
+            mine += theirs
+
+
+def _embedding(module: Slice) -> list[nn.Parameter]:
+    return [p for name, p in module.named_parameters() if name == "model.embed_tokens.weight"]
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
