@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from dsv3.model import DeepSeekV3
 from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import GroupedLinear
 from dsv3.model.moe import MoE
@@ -145,7 +144,7 @@ class ZeRO1(Weights):
             ranks, _ = self._shared(routed)
             mine = used[0].whole.new_empty(sum(cut.size for cut in used), dtype=torch.float32)
             everyone = mine.new_zeros(ranks, len(mine))
-            for cut, (start, stop) in zip(used, _places(used)):
+            for cut, start in zip(used, _starts(used)):
                 assert cut.whole.grad is not None
                 flat = cut.whole.grad.flatten()
                 for rank, part in enumerate(flat.split(cut.size)):
@@ -157,7 +156,7 @@ class ZeRO1(Weights):
                 mine = everyone[0]
             if self.meshes.layout.replicate > 1:
                 dist.all_reduce(mine, group=self.meshes.group("replicate"))
-            for cut, (start, _) in zip(used, _places(used)):
+            for cut, start in zip(used, _starts(used)):
                 local = cut.piece.local
                 local.grad = mine[start : start + local.numel()].view_as(local)
 
@@ -169,11 +168,11 @@ class ZeRO1(Weights):
             if ranks == 1:
                 continue  # a piece is the parameter's own memory
             mine = bucket[0].whole.new_zeros(sum(cut.size for cut in bucket))
-            for cut, (start, _) in zip(bucket, _places(bucket)):
+            for cut, start in zip(bucket, _starts(bucket)):
                 mine[start : start + cut.piece.local.numel()] = cut.piece.local.flatten()
             everyone = mine.new_empty(ranks, len(mine))
             dist.all_gather_into_tensor(everyone.view(-1), mine, group=self._group(routed))
-            for cut, (start, _) in zip(bucket, _places(bucket)):
+            for cut, start in zip(bucket, _starts(bucket)):
                 flat = cut.whole.detach().view(-1)
                 for rank, part in enumerate(flat.split(cut.size)):
                     part.copy_(everyone[rank, start : start + len(part)])
@@ -196,12 +195,9 @@ def _into_buckets(cuts: list[_Cut]) -> Iterator[list[_Cut]]:
         yield [cut for _, cut in bucket]
 
 
-def _places(cuts: list[_Cut]) -> list[tuple[int, int]]:
-    found, start = [], 0
-    for cut in cuts:
-        found.append((start, start + cut.size))
-        start += cut.size
-    return found
+def _starts(cuts: list[_Cut]) -> list[int]:
+    """Where each one's part begins when they lie one after another."""
+    return [0, *accumulate(cut.size for cut in cuts)][:-1]
 
 
 class FSDP(Weights):
@@ -211,14 +207,13 @@ class FSDP(Weights):
     that gate, norms and quantisers see what they see in one process.
     """
 
-    def __init__(self, model: DeepSeekV3, meshes: Meshes):
+    def __init__(self, model: nn.Module, meshes: Meshes):
         self.model, self.meshes = model, meshes
         layout = meshes.layout
         shapes = {name: p.shape for name, p in model.named_parameters()}
         experts = {name for name, p in model.named_parameters() if id(p) in expert_parameters(model)}
         dense = meshes.dense if layout.replicate > 1 else meshes.dense["shard"]
-        for layer in model.model.layers:
-            assert isinstance(layer, DecoderLayer)
+        for layer in [m for m in model.modules() if isinstance(m, DecoderLayer)]:
             apart: set[nn.Parameter] = set()
             if isinstance(layer.mlp, MoE):
                 apart = set(layer.mlp.experts.parameters())
@@ -230,7 +225,7 @@ class FSDP(Weights):
             fully_shard(layer, mesh=dense, ignored_params=apart)
         # The root's are used all the time: embedding, last norm, and the head outside of any forward.
         fully_shard(model, mesh=dense, reshard_after_forward=False)
-        register_fsdp_forward_method(model, "hidden_states")
+        register_fsdp_forward_method(model, "hidden_states")  # what training calls
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
