@@ -8,10 +8,12 @@ import torch.nn.functional as F
 
 from dsv3.config.model import ModelConfig
 from dsv3.data.loader import Batch
+from dsv3.data.targets import labels, restarted_positions
 from dsv3.model import DeepSeekV3
+from dsv3.model.loss import Share
 from dsv3.ops import attention
 from dsv3.train import recompute
-from dsv3.train.objective import Share, labels, language_loss, restarted_positions
+from dsv3.train.objective import language_loss
 from tests.train.conftest import MODEL
 
 TOKENS = torch.randint(0, 384, (4, 35), generator=torch.Generator().manual_seed(5))

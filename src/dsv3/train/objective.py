@@ -5,16 +5,15 @@ Shapes: B batch, T time (X: with the extra tokens, 1 + MTP depth), F extra token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dsv3.data.loader import Batch
+from dsv3.data.targets import labels, restarted_positions
 from dsv3.model import DeepSeekV3
-from dsv3.model.moe import RouterStats
-from dsv3.ops.cross_entropy import IGNORE, linear_cross_entropy
+from dsv3.model.loss import Losses, Share, states_loss
 from dsv3.train.schedules import Extent
 from dsv3.train.trainer import Accumulated, Trainer
 
@@ -24,51 +23,6 @@ class Loader(Protocol):
 
     def batch(self, first_sample: int, count: int) -> Batch:
         """``count`` samples from ``first_sample`` on."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one micro batch is of its step: every loss is a mean over the step, whatever its pieces.
-
-    ``tokens``: labels that bear loss in the whole step, a depth (main model first). ``sequences``: of the
-    whole step.
-    """
-
-    tokens: list[int]
-    sequences: int
-
-
-@dataclass(frozen=True)
-class Losses:
-    """One micro batch's part of the step's losses: detached scalars; and the routing statistics."""
-
-    main: Tensor
-    mtp: list[Tensor]
-    balance: Tensor
-    router: dict[int, RouterStats]
-
-
-def labels(batch: Batch, length: int, depth: int) -> Tensor:
-    """Targets of depth k for each of the first ``length`` positions: the token k + 1 places on, ``[B, T]``.
-
-    A target that bears no loss, or lies in another document than its position, is ``IGNORE``.
-    """
-    target = batch.tokens_BT[:, 1 + depth : 1 + depth + length]
-    if batch.documents_BT is not None:
-        documents = batch.documents_BT
-        same = documents[:, 1 + depth : 1 + depth + length] == documents[:, :length]
-        target = torch.where(same, target, IGNORE)
-    if batch.bears_BT is not None:
-        target = torch.where(batch.bears_BT[:, 1 + depth : 1 + depth + length], target, IGNORE)
-    return target
-
-
-def restarted_positions(documents_BT: Tensor) -> Tensor:
-    """Positions that begin at zero with each document, ``[B, T]``."""
-    place = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)
-    first = torch.ones_like(documents_BT, dtype=torch.bool)
-    first[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    return place - torch.where(first, place, 0).cummax(dim=1)[0]
 
 
 def language_loss(
@@ -89,22 +43,14 @@ def language_loss(
         documents_BT=documents_BT,
         mtp=mtp_weight > 0,
     )
-    head = model.lm_head.weight
-    losses = [
-        linear_cross_entropy(state.flatten(0, 1), head, labels(batch, length, depth).flatten())
-        / max(1, share.tokens[depth])
-        for depth, state in enumerate(states)
-    ]
-    main, mtp = losses[0], losses[1:]
-    total = main
-    if mtp:
-        total = total + mtp_weight / len(mtp) * torch.stack(mtp).sum()
+    targets = [labels(batch, length, depth) for depth in range(len(states))]
+    total, main, mtp = states_loss(states, targets, model.lm_head.weight, share, mtp_weight)
     balances = [s.balance_loss for s in router.values() if s.balance_loss is not None]
     balance = torch.zeros((), device=main.device)
     if balances:
         balance = torch.stack(balances).sum() * (tokens_BX.shape[0] / share.sequences)
         total = total + model.config.aux_loss_alpha * balance
-    return total, Losses(main.detach(), [x.detach() for x in mtp], balance.detach(), router)
+    return total, Losses(main, mtp, balance.detach(), router)
 
 
 class LanguageModelling:
