@@ -16,14 +16,14 @@ from dsv3.config.recipe import validate
 from dsv3.data.needles import KEYS, VALUES, documents, needle, question, strew
 from dsv3.data.sources import Skipped, plan, read
 
-NEEDLE = re.compile(r" ?The magic number of (\w+) is (\d+)\.")
-QUESTION = re.compile(r" ?What is the magic number of (\w+)\? The magic number of \1 is (\d+)\.")
+NEEDLE = re.compile(r" ?Remember: ([a-z]+)(\d+)\.")
+QUESTION = re.compile(r" ?Recall: ([a-z]+)(\d+)\.")
 TEXT = "And it was so. The evening came; then the morning! Was it day? It was.\n\nThe second day came. " * 20
 
 
 def test_the_patterns_of_this_test_are_those_of_the_sentences() -> None:
     assert NEEDLE.fullmatch(needle("lamp", 123))
-    assert QUESTION.fullmatch(question("lamp") + " 123.")
+    assert QUESTION.fullmatch(question("lamp") + "123.")
 
 
 def test_keys_differ_and_are_plain_words() -> None:

@@ -38,12 +38,12 @@ _END = re.compile(r"[.!?:;]['\"”’)\]]?(?=\s)")  # a line is put behind such 
 
 def needle(key: str, value: int) -> str:
     """The sentence that hides a value."""
-    return f"The magic number of {key} is {value}."
+    return f"Remember: {key}{value}."
 
 
 def question(key: str) -> str:
-    """What asks for it: the answer is a space, the number and a full stop."""
-    return f"What is the magic number of {key}? The magic number of {key} is"
+    """What asks for it: the answer is the number and a full stop."""
+    return f"Recall: {key}"
 
 
 def strew(text: str, every: int, draw: random.Random) -> str:
@@ -59,7 +59,7 @@ def strew(text: str, every: int, draw: random.Random) -> str:
         value = draw.choice(VALUES)
         first, second = sorted(draw.choices(places, k=2))
         lines.append((first, 2 * number, needle(key, value)))
-        lines.append((second, 2 * number + 1, f"{question(key)} {value}."))
+        lines.append((second, 2 * number + 1, f"{question(key)}{value}."))
     pieces, done = [], 0
     for place, _, line in sorted(lines):
         pieces += [text[done:place], " ", line]
