@@ -18,9 +18,11 @@ from dsv3.cli import (
     evaluate,
     generate,
     init,
+    niah,
     plan,
     pretrain,
     serve,
+    sft,
     tasks,
     tokenizer,
 )
@@ -36,11 +38,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(pretrain.app)
+app.add_typer(sft.app)
 app.add_typer(distill.app)
 app.add_typer(generate.app)
 app.add_typer(chat.app)
 app.add_typer(serve.app)
 app.add_typer(evaluate.app)
+app.add_typer(niah.app)
 app.add_typer(convert.app)
 app.add_typer(init.app)
 app.add_typer(plan.app, name="plan")
