@@ -104,10 +104,10 @@ def test_what_a_folder_holds(
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     experts = found["model.layers.1.mlp.experts.gate_proj.weight"]
-    assert experts.shape == ((8, 136, 160) if to == "int8" else (8, 136, 80))
+    assert experts.shape == ((8, 9, 40, 16, 4) if to == "int8" else (8, 9, 20, 16, 4))
     tree = json.loads((tmp_path / "x" / "config.json").read_text())
     assert tree["model_type"] == "dsv3_packed"
-    said = {"quant_method": "dsv3", "bits": int(to[3:])}
+    said = {"quant_method": "dsv3", "layout": 2, "bits": int(to[3:])}
     assert tree["quantization_config"] == (said if to == "int8" else {**said, "group_size": group or 128})
     index = json.loads((tmp_path / "x" / INDEX).read_text())
     assert set(index["weight_map"]) == set(found)
@@ -315,9 +315,9 @@ SCALE = "model.layers.1.mlp.experts.up_proj.weight_scale"
     [
         (lambda t: t.pop(SCALE), rf"1 missing \({SCALE}\)"),
         (lambda t: t.update(more=torch.zeros(1)), r"1 unexpected \(more\)"),
-        (_change(SCALE, lambda x: x[..., :1].clone()), r"_scale is \[8, 136, 1\], .* it \[8, 136, 2\]"),
+        (_change(SCALE, lambda x: x[:, :, :1].clone()), r"_scale is \[8, 9, 1, 16\], .* \[8, 9, 2, 16\]"),
         (_change(SCALE, Tensor.half), r"weight_scale \(torch.float16\) have another number format"),
-        (_change("lm_head.weight", lambda x: x.view(torch.uint8)), r"lm_head.weight \(torch.uint8\)"),
+        (_change("lm_head.weight", lambda x: x.view(torch.int8)), r"lm_head.weight \(torch.int8\)"),
         (_change("model.norm.weight", Tensor.int), r"model.norm.weight \(torch.int32\)"),
     ],
 )
@@ -333,8 +333,12 @@ def test_tensors_that_are_not_the_models(
     [
         ({"quant_method": "dsv3", "bits": 3}, "needs bits 8 or 4"),
         ({"quant_method": "dsv3", "bits": 4, "group_size": 48}, "group_size 32, 64 or 128"),
-        ({"quant_method": "dsv3", "bits": 4, "group_size": 32}, "misshapen"),
-        ({"quant_method": "dsv3", "bits": 8}, "unexpected"),
+        ({"quant_method": "dsv3", "layout": 2, "bits": 4, "group_size": 32}, "misshapen"),
+        ({"quant_method": "dsv3", "layout": 2, "bits": 8}, "unexpected"),
+        (
+            {"quant_method": "dsv3", "bits": 4, "group_size": 128},
+            "layout 1, .* reads 2; convert",
+        ),
         ({"quant_method": "awq", "bits": 4}, "is not supported"),
         (None, "unexpected"),
     ],

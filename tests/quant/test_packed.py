@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dsv3.common.errors import UserError
 from dsv3.evaluate.sample import generate
 from dsv3.model import DeepSeekV3
-from dsv3.model.linear import Experts, Linear
-from dsv3.ops.integers import Int4, Int8
+from dsv3.model.linear import Experts, GroupedLinear, Linear
+from dsv3.ops.integers import Int4, Int8, rounded
 from dsv3.quant import frozen, packed
 from dsv3.quant.packed import Integers, PackedLinear, matrices, pack
 from tests.model.build import ids, tiny_model
@@ -28,6 +29,20 @@ def plain() -> DeepSeekV3:
     return tiny_model(**SIZES)
 
 
+class RoundingLinear(Linear):
+    """Its activations are rounded as integer products take them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(rounded(x))
+
+
+class RoundingGroupedLinear(GroupedLinear):
+    """The same of one matrix an expert."""
+
+    def forward(self, x_MI: Tensor, counts_E: Tensor) -> Tensor:
+        return super().forward(rounded(x_MI), counts_E)
+
+
 def dequantised(model: DeepSeekV3, integers: Integers | None) -> DeepSeekV3:
     """The model with every matrix rounded and dense again, by the definition of each format."""
     dense = copy.deepcopy(model)
@@ -36,6 +51,7 @@ def dequantised(model: DeepSeekV3, integers: Integers | None) -> DeepSeekV3:
     with torch.no_grad():
         for path, module in matrices(dense):
             module.weight.copy_(integers.quantise(path, module.weight).dequantise())
+            module.__class__ = RoundingLinear if type(module) is Linear else RoundingGroupedLinear
         embedding = dense.model.embed_tokens.weight
         embedding.copy_(embedding.bfloat16())
     return dense
@@ -48,7 +64,10 @@ def test_logits_are_those_of_the_dequantised_model(plain: DeepSeekV3, form: str)
     ours, theirs, before = (m(ids(2, 20)) for m in (model, dense, plain))
     assert ours.logits_BTV.dtype == torch.float32 and not ours.logits_BTV.requires_grad
     for one, other in zip([ours.logits_BTV, *ours.mtp_logits], [theirs.logits_BTV, *theirs.mtp_logits]):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        # Sums in another order: now and then an activation between two codes is rounded to the other one.
+        error = (one - other).abs()
+        assert float(error.median()) <= 1e-4
+        assert float(error.max()) <= (1e-4 if form == "dense" else 0.3)
     off = float((ours.logits_BTV - before.logits_BTV.detach()).abs().mean())
     low, high = {"dense": (0, 1e-5), "int8": (1e-3, 0.05), "int4": (0.1, 1), "int4 g32": (0.1, 1)}[form]
     assert low <= off < high
@@ -81,7 +100,7 @@ def test_what_is_kept_in_which_format(plain: DeepSeekV3) -> None:
         assert set(floats.values()) == {torch.float32}
         assert not any(parameter.requires_grad for parameter in model.parameters())
         gate, up, down = model.model.layers[1].mlp.experts.packed
-        assert gate.scales.shape == ((16, 24, 1) if bits == 8 else (16, 24, 3)) and type(up) is type(down)
+        assert gate.scales.shape == ((16, 2, 16) if bits == 8 else (16, 2, 3, 16)) and type(up) is type(down)
 
 
 @pytest.mark.parametrize("form", FORMS)

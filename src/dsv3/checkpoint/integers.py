@@ -1,28 +1,31 @@
 """Folders of a packed model: INT8 or INT4, made tensor by tensor, mapped into memory instead of read.
 
-The layout is our own. ``config.json`` says ``"quantization_config": {"quant_method": "dsv3", "bits": 8}``, or
-``"bits": 4`` with ``"group_size"``; and ``"model_type": "dsv3_packed"``, so that other readers refuse it:
-transformers would skip a ``quant_method`` it does not know and take the numbers for weights. Tensors bear the
+The layout is our own. ``config.json`` says ``"quantization_config": {"quant_method": "dsv3", "layout": 2,
+"bits": 8}``, or ``"bits": 4`` with ``"group_size"``; and ``"model_type": "dsv3_packed"``, so that other
+readers refuse it: transformers would skip a ``quant_method`` it does not know and take the numbers for weights. Tensors bear the
 names of the packed model's own state (:mod:`dsv3.quant.packed`), so every one of them is a tensor of the
 model as it lies in the file:
 
-* ``X.weight`` of a matrix: int8 ``[O, I]``, or uint8 ``[O, 16 ceil(I / 32)]`` with two INT4 numbers a byte in
-  the order of :class:`dsv3.ops.integers.Int4`; ``X.weight_scale``: FP32 ``[O, 1]``, or ``[O, G]`` for G
-  groups of inputs; ``X.weight_least``: FP32 ``[O, G]``, INT4 only. In an INT4 folder head and ``kv_b_proj``
-  are INT8.
-* routed experts are stacked: ``model.layers.N.mlp.experts.gate_proj.weight [E, O, I]``, their scales too.
+* ``X.weight`` of a matrix: uint8 ``[B, I / 4, 16, 4]``, a block of 16 outputs after the other, with a number
+  a byte in the order of :class:`dsv3.ops.integers.Int8`; or ``[B, I / 8, 16, 4]``, two a byte, of ``Int4``.
+  ``X.weight_scale``: FP32 ``[B, 16]``, or ``[B, G, 16]`` for G groups of inputs; ``X.weight_least``: FP32
+  ``[B, G, 16]``, INT4 only. In an INT4 folder head and ``kv_b_proj`` are INT8.
+* routed experts are stacked: ``model.layers.N.mlp.experts.gate_proj.weight [E, B, I / 4, 16, 4]``, their
+  scales too.
 * the embedding is BF16, selection biases FP32, gates and norms have the dtype of the source.
 * embedding and head are not repeated in MTP layers.
 
 A layer is a file, and so are embedding and head, wide numbers first in each: all tensors are aligned.
 
-Shapes: E experts, O outputs, I inputs, G groups, R rows.
+Shapes: E experts, O outputs, I inputs (filled up to a multiple of 8), G groups of inputs, B blocks of 16
+outputs, R rows.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from itertools import groupby
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,10 +39,11 @@ from dsv3.checkpoint.stream import Shard, Task
 from dsv3.checkpoint.weights import Weights, shard_files
 from dsv3.common.errors import UserError
 from dsv3.model import DeepSeekV3
-from dsv3.ops.integers import GROUPS
+from dsv3.ops.integers import GROUPS, LANES
 from dsv3.quant.packed import Integers, matrices, pack, parts
 
 METHOD = "dsv3"
+LAYOUT = 2  # of the bytes; 1 had outputs one after the other
 MODEL = {"architectures": ["DSV3PackedForCausalLM"], "model_type": "dsv3_packed"}
 FORMATS = {"int8": 8, "int4": 4}
 
@@ -67,15 +71,20 @@ def wanted(to: str, group: int | None = None) -> Integers:
 
 def quantization_config(integers: Integers) -> dict[str, Any]:
     """What ``config.json`` says of such a folder."""
-    tree: dict[str, Any] = {"quant_method": METHOD, "bits": integers.bits}
+    tree: dict[str, Any] = {"quant_method": METHOD, "layout": LAYOUT, "bits": integers.bits}
     return tree if integers.bits == 8 else {**tree, "group_size": integers.group}
 
 
 def from_quantization_config(path: Path, facts: dict[str, Any]) -> Integers:
     """The format that the ``config.json`` at ``path`` names; :class:`UserError` for one there is not."""
-    bits, group = facts.get("bits", 0), facts.get("group_size", 128)
+    bits, group, layout = facts.get("bits", 0), facts.get("group_size", 128), facts.get("layout", 1)
     if bits not in FORMATS.values() or group not in GROUPS:
         raise UserError(f"{path}: quantization_config ({facts}) needs bits 8 or 4, group_size 32, 64 or 128")
+    if layout != LAYOUT:
+        raise UserError(
+            f"{path}: its numbers lie in layout {layout}, this version reads {LAYOUT}; convert the original"
+            " again"
+        )
     return Integers(bits, group)
 
 
@@ -120,16 +129,18 @@ def plan(model: DeepSeekV3, source: Source, integers: Integers) -> list[Shard]:
 def quantise(path: str, from_files: list[str], source: Source, integers: Integers, put: Put) -> None:
     """Put the parts of the matrix at ``path`` (a stack: one file tensor an expert), a band of rows at a time.
 
+    Bands are whole blocks of outputs.
+
     Raises :class:`CheckpointError` for an infinity or a NaN.
     """
     for index, name in enumerate(from_files):
         kind = source.kind(name)
-        before = index * kind[1][0]
+        before = index * ceil(kind[1][0] / LANES)
         for first, _, x_RI in fp8.read(name, kind, source.rows):
             weight = integers.quantise(path, x_RI)
             fp8.refuse_broken(name, weight.scales, f"INT{integers.bits}")
             for part, piece in parts(weight).items():
-                put(f"{path}.{part}", (before + first) * piece.shape[-1], piece)
+                put(f"{path}.{part}", (before + first // LANES) * piece[0].numel(), piece)
 
 
 def load_mapped(model: DeepSeekV3, weights: Weights, device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Products with weights as they are kept for serving: dense FP32 or BF16, FP8, INT8 or INT4 (floor 1).
 
 Nothing is dequantised beforehand: a step of decoding reads every weight once, so what it costs is the bytes.
-Where there is a compiler, ``native/decode.cpp`` does the work; each of its sums has one order, so that a
-row's result does not depend on how many rows there are.
+With INT8 and INT4 the activations are rounded too (ops/integers.py). Where there is a compiler,
+``native/decode.cpp`` does the work; each of its sums has one order, so that a row's result does not depend on
+how many rows there are.
 
 Shapes: N outputs, K inputs, E experts, M rows sorted by expert, D hidden, F expert hidden.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops.blocks import Quantised, dequantise
-from dsv3.ops.integers import Int4, Int8
+from dsv3.ops.integers import Int4, Int8, rounded
 from dsv3.ops.native import decode
 
 Weight = Tensor | Int8 | Int4  # a packed model's
@@ -28,9 +29,14 @@ def dense(w: AnyWeight) -> Tensor:
     return w.float() if isinstance(w, Tensor) else w.dequantise()
 
 
+def _taken(x: Tensor, w: AnyWeight) -> Tensor:
+    """Activations as a product with ``w`` takes them, FP32."""
+    return rounded(x) if isinstance(w, Int8 | Int4) else x.float()
+
+
 def linear_reference(x: Tensor, w: AnyWeight) -> Tensor:
     """``x W^T``: ``[..., K] -> [..., N]`` in x's dtype; the specification."""
-    return F.linear(x.float(), dense(w)).to(x.dtype)
+    return F.linear(_taken(x, w), dense(w)).to(x.dtype)
 
 
 def experts_reference(
@@ -42,8 +48,8 @@ def experts_reference(
     """
     g_EFD, u_EFD, d_EDF = dense(gate), dense(up), dense(down)
     pieces = [
-        F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d)
-        for x, g, u, d in zip(x_MD.float().split(counts_E.tolist()), g_EFD, u_EFD, d_EDF)
+        F.linear(_taken(F.silu(F.linear(x, g)) * F.linear(x, u), down), d)
+        for x, g, u, d in zip(_taken(x_MD, gate).split(counts_E.tolist()), g_EFD, u_EFD, d_EDF)
     ]
     return torch.cat(pieces).to(x_MD.dtype)
 

@@ -17,7 +17,7 @@ from dsv3.common.errors import UserError, nearest
 from dsv3.config.model import ModelConfig
 from dsv3.model import DeepSeekV3
 from dsv3.ops.blocks import BLOCK
-from dsv3.ops.integers import GROUPS, SPAN
+from dsv3.ops.integers import GROUPS, LANES, SPAN
 from dsv3.plan.cost import Layout, Run, check
 from dsv3.plan.hardware import GIB, HARDWARE, Hardware
 from dsv3.plan.params import PARTS, counts, part_of
@@ -44,9 +44,10 @@ def tensor_bytes(kind: str, path: str, shape: torch.Size, group: int = 128) -> i
     if kind == "fp8":
         blocks = ceil(shape[-2] / BLOCK.rows) * ceil(inputs / BLOCK.columns)
         return rows * inputs + FP32 * blocks * shape[:-2].numel()
+    filled = shape[:-2].numel() * ceil(shape[-2] / LANES) * LANES, ceil(inputs / SPAN) * SPAN
     if kind == "int8" or path.endswith(FINER):
-        return rows * (inputs + FP32)
-    return rows * (ceil(inputs / SPAN) * SPAN // 2 + 2 * FP32 * ceil(inputs / group))
+        return filled[0] * (filled[1] + FP32)
+    return filled[0] * (filled[1] // 2 + 2 * FP32 * ceil(inputs / group))
 
 
 def weight_bytes(config: ModelConfig, kind: str, group: int = 128) -> dict[str, int]:

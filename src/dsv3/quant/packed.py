@@ -10,7 +10,7 @@ Shapes: O outputs, I inputs, E experts, M rows sorted by expert, D hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ from dsv3.common.errors import UserError
 from dsv3.model import DeepSeekV3
 from dsv3.model.linear import Experts, GroupedLinear, Linear
 from dsv3.ops import packed
-from dsv3.ops.integers import GROUPS, SPAN, Int4, Int8, quantise_int4, quantise_int8
+from dsv3.ops.integers import GROUPS, LANES, QUAD, SPAN, Int4, Int8, quantise_int4, quantise_int8
 from dsv3.quant.swap import FixedDtypes, swap
 
 WEIGHT, SCALE, LEAST = "weight", "weight_scale", "weight_least"  # the buffers' and the files' names
@@ -52,16 +52,18 @@ class Integers:
 
     def _shapes(self, in_int8: bool, w: Tensor) -> Int8 | Int4:
         # Written out: torch's arithmetic without numbers would import another 150 MB first.
-        *leading, inputs = w.shape
+        *leading, outputs, inputs = w.shape
+        spans, groups = -(-inputs // SPAN), -(-inputs // self.group)
 
         def bare(dtype: torch.dtype, *size: int) -> Tensor:
-            return torch.empty(*leading, *size, dtype=dtype, device="meta")
+            return torch.empty(*leading, -(-outputs // LANES), *size, dtype=dtype, device="meta")
 
         if in_int8:
-            return Int8(bare(torch.int8, inputs), bare(torch.float32, 1))
-        groups = -(-inputs // self.group)
-        values = bare(torch.uint8, SPAN // 2 * -(-inputs // SPAN))
-        return Int4(values, bare(torch.float32, groups), bare(torch.float32, groups), self.group, inputs)
+            values = bare(torch.uint8, spans * SPAN // QUAD, LANES, QUAD)
+            return Int8(values, bare(torch.float32, LANES), outputs, inputs)
+        values = bare(torch.uint8, spans, LANES, QUAD)
+        scales, leasts = (bare(torch.float32, groups, LANES) for _ in range(2))
+        return Int4(values, scales, leasts, self.group, outputs, inputs)
 
 
 def parts(weight: Kept) -> dict[str, Tensor]:
@@ -76,10 +78,10 @@ def parts(weight: Kept) -> dict[str, Tensor]:
 def one(weight: Kept, expert: int) -> Kept:
     """An expert's weight of a stack."""
     if isinstance(weight, Int8):
-        return Int8(weight.values[expert], weight.scales[expert])
+        return replace(weight, values=weight.values[expert], scales=weight.scales[expert])
     if isinstance(weight, Int4):
-        tensors = weight.values[expert], weight.scales[expert], weight.leasts[expert]
-        return Int4(*tensors, weight.group, weight.inputs)
+        values, scales, leasts = weight.values[expert], weight.scales[expert], weight.leasts[expert]
+        return replace(weight, values=values, scales=scales, leasts=leasts)
     return weight[expert]
 
 
@@ -92,7 +94,10 @@ class _Packed(FixedDtypes):
     def __init__(self, weight: Kept):
         nn.Module.__init__(self)
         self.kind = type(weight)
-        self.group, self.inputs = (weight.group, weight.inputs) if isinstance(weight, Int4) else (0, 0)
+        if isinstance(weight, Int8 | Int4):
+            self.outputs, self.inputs = weight.outputs, weight.inputs
+        if isinstance(weight, Int4):
+            self.group = weight.group
         for name, tensor in parts(weight).items():
             self.register_buffer(name, tensor.detach())
 
@@ -101,9 +106,10 @@ class _Packed(FixedDtypes):
         """The weight, ``[O, I]`` or ``[E, O, I]``; its tensors are the buffers themselves."""
         weight = cast(Tensor, self.weight)
         if self.kind is Int8:
-            return Int8(weight, self.weight_scale)
+            return Int8(weight, self.weight_scale, self.outputs, self.inputs)
         if self.kind is Int4:
-            return Int4(weight, self.weight_scale, self.weight_least, self.group, self.inputs)
+            scales, leasts = self.weight_scale, self.weight_least
+            return Int4(weight, scales, leasts, self.group, self.outputs, self.inputs)
         return weight
 
 

@@ -4,9 +4,6 @@
 // weights stays here: no call a matrix, no tensor a sum.
 //
 // All threads walk through the layers together; a loop marked "omp for" ends in a barrier.
-#include <algorithm>
-#include <memory>
-
 #include "formats.h"
 #include "packed.h"
 
@@ -18,20 +15,19 @@ constexpr int64_t OUTPUTS = 32;  // of a matrix, the unit of parallel work
 constexpr int64_t KEYS = 32;     // of a sequence, at once; fixed, so that sums have one order
 constexpr int64_t HEADS = 4;     // that read the same keys together
 
-// Rows of numbers, each filled up with zeros to a multiple of 32, and a pointer to each.
-struct Rows {
-    int64_t stride = 0;
-    std::unique_ptr<float[]> numbers;
-    std::vector<const float*> at;
-    Rows() = default;
-    Rows(int64_t rows, int64_t width) : stride(padded(width)), numbers(new float[rows * stride]), at(rows) {
-        for (int64_t r = 0; r < rows; ++r) {
-            at[r] = (*this)[r];
-            std::fill((*this)[r] + width, (*this)[r] + stride, 0.0f);
-        }
+// Round the first n numbers of a row if that is what a matrix multiplies.
+inline void round_for(const Matrix& m, const Row& x, int64_t n) {
+    if (integral(m.kind)) round(x, 0, n);
+}
+
+// To be called by all threads: copy x, [rows, inputs], for a product with m.
+void take(const float* x, const Matrix& m, const Rows& rows) {
+    #pragma omp for schedule(static)
+    for (size_t r = 0; r < rows.at.size(); ++r) {
+        std::memcpy(rows[r], x + r * m.inputs, m.inputs * 4);
+        round_for(m, rows.at[r], m.inputs);
     }
-    float* operator[](int64_t r) const { return numbers.get() + r * stride; }
-};
+}
 
 // One SwiGLU and the rows it works on: row i of the work is token tokens[first + i].
 struct Job {
@@ -45,7 +41,7 @@ std::vector<Item> items(const std::vector<Job>& jobs, bool down) {
     std::vector<Item> found;
     for (int64_t j = 0; j < int64_t(jobs.size()); ++j) {
         const int64_t outputs = down ? jobs[j].down.outputs : jobs[j].gate.outputs;
-        for (int64_t o = 0; o < outputs; o += 2 * OUTPUTS) found.push_back({j, o, std::min(o + 2 * OUTPUTS, outputs)});
+        for (int64_t o = 0; o < outputs; o += TILE) found.push_back({j, o, std::min(o + TILE, outputs)});
     }
     return found;
 }
@@ -69,7 +65,7 @@ inline void swiglu(float* gate, const float* up, int64_t n) {
 
 // To be called by all threads. hidden: room for every row's gate; out[row of the work] gets the result.
 void swiglus(const std::vector<Job>& jobs, const std::vector<Item>& ups, const std::vector<Item>& downs,
-             const float* const* x, const Rows& hidden, float* out, int64_t width) {
+             const Row* x, const Rows& hidden, float* out, int64_t width) {
     #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < ups.size(); ++i) {
         const Item& item = ups[i];
@@ -79,7 +75,11 @@ void swiglus(const std::vector<Job>& jobs, const std::vector<Item>& ups, const s
         if (int64_t(up.size()) < job.rows * n) up.resize(job.rows * n);
         product(job.gate, item.begin, item.end, x + job.first, job.rows, hidden[job.first], hidden.stride);
         product(job.up, item.begin, item.end, x + job.first, job.rows, up.data() - item.begin, n);
-        for (int64_t r = 0; r < job.rows; ++r) swiglu(hidden[job.first + r] + item.begin, up.data() + r * n, n);
+        for (int64_t r = 0; r < job.rows; ++r) {
+            const Row& row = hidden.at[job.first + r];
+            swiglu(row.numbers + item.begin, up.data() + r * n, n);
+            if (integral(job.down.kind)) round(row, item.begin, item.end);
+        }
     }
     #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < downs.size(); ++i) {
@@ -217,14 +217,13 @@ void read_row(const Shape& s, const uint8_t* row, float* out) {
 
 // What a thread needs for some heads of one token.
 struct Scratch {
-    std::vector<float> query, keys, scores, sums, row, most, total;
+    std::vector<float> query, keys, scores, sums, most, total;
     void fit(const Shape& s) {
         const int64_t width = padded(s.latent + s.rope);
         query.assign(HEADS * width, 0.0f);
         keys.resize(KEYS * width);
         scores.resize(HEADS * KEYS);
         sums.resize(HEADS * padded(s.latent));
-        row.resize(padded(s.latent));
         most.resize(HEADS);
         total.resize(HEADS);
     }
@@ -237,19 +236,14 @@ void attend(const Shape& s, const Layer& layer, const Batch& batch, int64_t toke
     t.fit(s);
     const int64_t heads = last - first, width = s.latent + s.rope, stride = padded(width), wide = padded(s.latent);
     const int64_t depth = s.nope + s.value, bytes = row_bytes(s);
-    const float* queries[HEADS];
+    Row queries[HEADS];
     for (int64_t h = 0; h < heads; ++h) {
         float* query = t.query.data() + h * stride;
         const float* from = q + (first + h) * (s.nope + s.rope);
-        queries[h] = query;
-        for (int64_t n = 0; n < s.nope; ++n) {
-            const int64_t output = (first + h) * depth + n;
-            decode(layer.kv_b, output, t.row.data());
-            const float weight = from[n] * factor(layer.kv_b, output) * s.scale;
-            for (int64_t c = 0; c < s.latent; ++c) query[c] += weight * t.row[c];
-        }
+        queries[h] = {query};
+        fold(layer.kv_b, (first + h) * depth, s.nope, from, query);
         rotate(from + s.nope, batch.rotation + token * s.rope, s.rope, query + s.latent);
-        for (int64_t i = s.latent; i < width; ++i) query[i] *= s.scale;
+        for (int64_t i = 0; i < width; ++i) query[i] *= s.scale;
         t.most[h] = -INFINITY;
         t.total[h] = 0;
     }
@@ -310,9 +304,7 @@ void attend(const Shape& s, const Layer& layer, const Batch& batch, int64_t toke
         float* sums = t.sums.data() + h * wide;
         for (int64_t c = 0; c < s.latent; ++c) sums[c] /= t.total[h];
         std::fill(sums + s.latent, sums + wide, 0.0f);  // parts of a key's rope are there
-        const float* one = sums;
-        const Matrix values = layer.kv_b.at(0, (first + h) * depth + s.nope);
-        product(values, 0, s.value, &one, 1, out + (first + h) * s.value, s.value);
+        exact(layer.kv_b, (first + h) * depth + s.nope, s.value, {sums}, out + (first + h) * s.value);
     }
 }
 
@@ -355,7 +347,7 @@ struct Work {
     std::vector<Job> jobs;
     std::vector<Item> ups, downs;
     std::vector<int64_t> row_of;    // of token n and its k-th expert
-    std::vector<const float*> x;    // of every row of the work
+    std::vector<Row> x;             // of every row of the work
     Rows hidden;
     std::unique_ptr<float[]> out;
 
@@ -375,14 +367,14 @@ struct Work {
             row_of.resize(rows);
             for (int64_t i = 0; i < rows; ++i) {
                 row_of[i] = next[chosen[i]]++;
-                x[row_of[i]] = u[i / s.chosen];
+                x[row_of[i]] = u.at[i / s.chosen];
             }
         }
         const bool dense = !layer.experts;
         if (dense || layer.shared_gate.values) {
             if (dense) jobs.push_back({layer.gate, layer.up, layer.down, rows, tokens});
             else jobs.push_back({layer.shared_gate, layer.shared_up, layer.shared_down, rows, tokens});
-            for (int64_t n = 0; n < tokens; ++n) x.push_back(u[n]);
+            for (int64_t n = 0; n < tokens; ++n) x.push_back(u.at[n]);
             rows += tokens;
         }
         ups = items(jobs, false);
@@ -396,28 +388,32 @@ struct Work {
 
 extern "C" {
 
-// y = x W^T for rows of x, each stride numbers from the last, filled up with zeros to a multiple of 32.
-void dsv3_linear(const Matrix* m, const float* x, int64_t stride, int64_t rows, float* y, int threads) {
-    std::vector<const float*> at(rows);
-    for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
-    #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t o = 0; o < m->outputs; o += OUTPUTS)
-        product(*m, o, std::min(o + OUTPUTS, m->outputs), at.data(), rows, y, m->outputs);
+// y = x W^T; x: [rows, inputs].
+void dsv3_linear(const Matrix* m, const float* x, int64_t rows, float* y, int threads) {
+    const Rows in(rows, m->inputs);
+    #pragma omp parallel num_threads(threads)
+    {
+        take(x, *m, in);
+        #pragma omp for schedule(static)
+        for (int64_t o = 0; o < m->outputs; o += OUTPUTS)
+            product(*m, o, std::min(o + OUTPUTS, m->outputs), in.at.data(), rows, y, m->outputs);
+    }
 }
 
-// The SwiGLU of each expert for its rows; x as for dsv3_linear, sorted by expert, counts[e] of them for expert e.
+// The SwiGLU of each expert for its rows; x: [rows, inputs], sorted by expert, counts[e] of them for expert e.
 void dsv3_experts(const Matrix* gate, const Matrix* up, const Matrix* down, int64_t experts, const int64_t* counts,
-                  const float* x, int64_t stride, float* y, int threads) {
+                  const float* x, float* y, int threads) {
     std::vector<Job> jobs;
     int64_t rows = 0;
     for (int64_t e = 0; e < experts; rows += counts[e++])
         if (counts[e]) jobs.push_back({gate->at(e), up->at(e), down->at(e), rows, counts[e]});
-    std::vector<const float*> at(rows);
-    for (int64_t r = 0; r < rows; ++r) at[r] = x + r * stride;
     const std::vector<Item> ups = items(jobs, false), downs = items(jobs, true);
-    const Rows hidden = hidden_rows(jobs, rows);
+    const Rows in(rows, gate->inputs), hidden = hidden_rows(jobs, rows);
     #pragma omp parallel num_threads(threads)
-    swiglus(jobs, ups, downs, at.data(), hidden, y, down->outputs);
+    {
+        take(x, *gate, in);
+        swiglus(jobs, ups, downs, in.at.data(), hidden, y, down->outputs);
+    }
 }
 
 // x: [tokens, hidden], the states before the first layer; after the last one when this returns.
@@ -440,7 +436,10 @@ void dsv3_layers(const Layer* layers, int64_t count, const Shape* shape, const B
         const Layer& layer = layers[l];
         const int64_t rank = layer.q_a.values ? layer.q_a.outputs : 0;
         #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens; ++n) rms_norm(x + n * s.hidden, layer.input_norm, s.hidden, s.eps, u[n]);
+        for (int64_t n = 0; n < tokens; ++n) {
+            rms_norm(x + n * s.hidden, layer.input_norm, s.hidden, s.eps, u[n]);
+            round_for(layer.kv_a, u.at[n], s.hidden);
+        }
         const int64_t q_blocks = (rank + OUTPUTS - 1) / OUTPUTS, kv_blocks = (width + OUTPUTS - 1) / OUTPUTS;
         #pragma omp for schedule(static)
         for (int64_t b = 0; b < q_blocks + kv_blocks; ++b) {
@@ -452,7 +451,10 @@ void dsv3_layers(const Layer* layers, int64_t count, const Shape* shape, const B
         }
         #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens; ++n) {
-            if (rank) rms_norm(&q_a[n * rank], layer.q_norm, rank, s.eps, q_latent[n]);
+            if (rank) {
+                rms_norm(&q_a[n * rank], layer.q_norm, rank, s.eps, q_latent[n]);
+                round_for(layer.q, q_latent.at[n], rank);
+            }
             float* latent = &kv[n * width];
             rms_norm(latent, layer.kv_norm, s.latent, s.eps, latent);
             rotate(latent + s.latent, batch->rotation + n * s.rope, s.rope, latent + s.latent);
@@ -469,6 +471,8 @@ void dsv3_layers(const Layer* layers, int64_t count, const Shape* shape, const B
             attend(s, layer, *batch, n, first, std::min(first + HEADS, s.heads), &q[n * queries], heads[n], scratch);
         }
         #pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens; ++n) round_for(layer.o, heads.at[n], s.heads * s.value);
+        #pragma omp for schedule(static)
         for (int64_t o = 0; o < s.hidden; o += OUTPUTS) {
             const int64_t last = std::min(o + OUTPUTS, s.hidden);
             product(layer.o, o, last, heads.at.data(), tokens, added.data(), s.hidden);
@@ -476,7 +480,10 @@ void dsv3_layers(const Layer* layers, int64_t count, const Shape* shape, const B
                 for (int64_t i = o; i < last; ++i) x[n * s.hidden + i] += added[n * s.hidden + i];
         }
         #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens; ++n) rms_norm(x + n * s.hidden, layer.post_norm, s.hidden, s.eps, u[n]);
+        for (int64_t n = 0; n < tokens; ++n) {
+            rms_norm(x + n * s.hidden, layer.post_norm, s.hidden, s.eps, u[n]);
+            round_for(layer.gate, u.at[n], s.hidden);
+        }
         if (layer.experts) {
             #pragma omp for schedule(static)
             for (int64_t o = 0; o < layer.experts; o += OUTPUTS)

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.ops import native
 from dsv3.ops.blocks import BLOCK, Quantised
 from dsv3.ops.formats import E4M3
-from dsv3.ops.integers import SPAN, Int4, Int8
+from dsv3.ops.integers import Int4, Int8
 
 Weight = Tensor | Int8 | Int4 | Quantised
 FP32, BF16, INT8, INT4, FP8 = range(5)  # the kinds of packed.h
@@ -79,10 +78,8 @@ def _library() -> ctypes.CDLL:
     found = native.library("decode")
     assert found is not None, "usable() comes first"
     whole = ctypes.c_int
-    found.dsv3_linear.argtypes = [_pointer, _pointer, _long, _long, _pointer, whole]
-    found.dsv3_experts.argtypes = [
-        _pointer, _pointer, _pointer, _long, _pointer, _pointer, _long, _pointer, whole,
-    ]  # fmt: skip
+    found.dsv3_linear.argtypes = [_pointer, _pointer, _long, _pointer, whole]
+    found.dsv3_experts.argtypes = [_pointer, _pointer, _pointer, _long, _pointer, _pointer, _pointer, whole]
     found.dsv3_layers.argtypes = [_pointer, _long, _pointer, _pointer, _pointer, whole]
     for function in (found.dsv3_linear, found.dsv3_experts, found.dsv3_layers):
         function.restype = None
@@ -110,26 +107,25 @@ def matrix(w: Weight) -> Matrix:
     parts = [w.values, w.scales, *((w.leasts,) if isinstance(w, Int4) else ())]
     assert all(part.is_contiguous() for part in parts)
     pointers = [part.data_ptr() for part in parts]
-    outputs, inputs = w.values.shape[-2:]
     if isinstance(w, Int4):
-        return Matrix(*pointers, outputs, w.inputs, w.group, INT4)
-    return Matrix(*pointers, None, outputs, inputs, 0, INT8 if isinstance(w, Int8) else FP8)
+        return Matrix(*pointers, w.outputs, w.inputs, w.group, INT4)
+    if isinstance(w, Int8):
+        return Matrix(*pointers, None, w.outputs, w.inputs, 0, INT8)
+    return Matrix(*pointers, None, *w.values.shape[-2:], 0, FP8)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """FP32 rows, filled up with zeros to a multiple of 32."""
-    x = x.detach().float()
-    missing = -x.shape[-1] % SPAN
-    return (F.pad(x, (0, missing)) if missing else x).contiguous()
+    """FP32, ``[R, K]``."""
+    return x.detach().reshape(-1, x.shape[-1]).float().contiguous()
 
 
 def linear(x: Tensor, w: Weight) -> Tensor:
     """``x W^T``, FP32: ``[..., K] -> [..., N]``."""
-    rows = _rows(x.reshape(-1, x.shape[-1]))
+    rows = _rows(x)
     m = matrix(w)
     out = torch.empty(len(rows), m.outputs)
     _library().dsv3_linear(
-        ctypes.byref(m), rows.data_ptr(), rows.shape[-1], len(rows), out.data_ptr(), torch.get_num_threads()
+        ctypes.byref(m), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads()
     )
     return out.view(*x.shape[:-1], m.outputs)
 
@@ -146,9 +142,8 @@ def experts(
     out = torch.empty(x_MD.shape)
     matrices = [ctypes.byref(matrix(w)) for w in (gate, up, down)]
     _library().dsv3_experts(
-        *matrices, len(counts), counts.data_ptr(), rows.data_ptr(), rows.shape[-1], out.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+        *matrices, len(counts), counts.data_ptr(), rows.data_ptr(), out.data_ptr(), torch.get_num_threads()
+    )
     return out
 
 
