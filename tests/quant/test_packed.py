@@ -69,7 +69,7 @@ def test_logits_are_those_of_the_dequantised_model(plain: DeepSeekV3, form: str)
         assert float(error.median()) <= 1e-4
         assert float(error.max()) <= (1e-4 if form == "dense" else 0.3)
     off = float((ours.logits_BTV - before.logits_BTV.detach()).abs().mean())
-    low, high = {"dense": (0, 1e-5), "int8": (1e-3, 0.05), "int4": (0.1, 1), "int4 g32": (0.1, 1)}[form]
+    low, high = {"dense": (0, 1e-5), "int8": (1e-3, 0.1), "int4": (0.1, 1), "int4 g32": (0.1, 1)}[form]
     assert low <= off < high
     assert generate(model, [3, 1, 4], 8) == generate(dense, [3, 1, 4], 8)
 

@@ -2,9 +2,9 @@
 
 The layout is our own. ``config.json`` says ``"quantization_config": {"quant_method": "dsv3", "layout": 2,
 "bits": 8}``, or ``"bits": 4`` with ``"group_size"``; and ``"model_type": "dsv3_packed"``, so that other
-readers refuse it: transformers would skip a ``quant_method`` it does not know and take the numbers for weights. Tensors bear the
-names of the packed model's own state (:mod:`dsv3.quant.packed`), so every one of them is a tensor of the
-model as it lies in the file:
+readers refuse it: transformers would skip a ``quant_method`` it does not know and take the numbers for
+weights. Tensors bear the names of the packed model's own state (:mod:`dsv3.quant.packed`), so every one of
+them is a tensor of the model as it lies in the file:
 
 * ``X.weight`` of a matrix: uint8 ``[B, I / 4, 16, 4]``, a block of 16 outputs after the other, with a number
   a byte in the order of :class:`dsv3.ops.integers.Int8`; or ``[B, I / 8, 16, 4]``, two a byte, of ``Int4``.
