@@ -55,6 +55,7 @@ class PolicySection(Recipe):
     epsilon_low: float = Field(0.2, ge=0, description="the ratio is clipped below 1 - epsilon_low")
     epsilon_high: float = Field(0.2, ge=0, description="the ratio is clipped above 1 + epsilon_high")
     beta: float = Field(0.04, ge=0, description="weight of the KL to start (k3); 0: no reference is held")
+    unbiased_kl: bool = Field(False, description="multiply the KL by the ratio, as V3.2 does")
     off_policy: float | None = Field(
         None,
         ge=0,

@@ -109,6 +109,8 @@ def policy_loss(
     if policy.beta:
         assert reference_ST is not None
         kl_ST = k3(logp_ST, reference_ST)
+        if policy.unbiased_kl:
+            kl_ST = kl_ST * ratio_SL
         loss_ST = loss_ST + policy.beta * kl_ST
 
     loss_ST = loss_ST * weight_ST
