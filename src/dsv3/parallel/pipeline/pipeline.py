@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 from torch.distributed.pipelining.schedules import (
     OVERLAP_F_B,
     Schedule1F1B,
@@ -19,7 +18,6 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
 
 from dsv3.common.errors import UserError
 from dsv3.data.loader import Batch
@@ -27,7 +25,7 @@ from dsv3.model import DeepSeekV3
 from dsv3.model.loss import Losses, Share
 from dsv3.parallel.pipeline import split
 from dsv3.parallel.pipeline.cut import V_SHAPED, costs, cut, stages_of
-from dsv3.parallel.pipeline.slice import Slice, Work
+from dsv3.parallel.pipeline.slice import Part, Slice, Work
 from dsv3.parallel.pipeline.stage import Stage, Trace, overlapped
 
 _SCHEDULES: dict[str, Any] = {
@@ -39,13 +37,16 @@ _SCHEDULES: dict[str, Any] = {
 
 
 class Pipeline:
-    """This rank's slices of ``model`` and the schedule that runs them over ``group``.
+    """This rank's part of ``model`` and the schedule that runs it over ``group``.
 
-    The slices hold the model's own modules: drop the model, and what is not of this rank goes with it. Apply
-    number formats and recomputation to the model before, sharding to :attr:`modules` after. Zero bubbles and
-    overlap come from the schedule: W apart from B in zbv and dualpipev; in dualpipev a forward and a backward
-    take turns while rows travel between experts (not where FSDP shards the slices' weights: its hooks want
-    whole modules).
+    :attr:`part` holds this rank's pieces, the model's own modules and names: shard and optimise that. Drop
+    the model, and what is not of this rank goes with it. Apply number formats and recomputation to the model
+    before. Zero bubbles and overlap come from the schedule: W apart from B in zbv and dualpipev; in dualpipev
+    a forward and a backward take turns while rows travel between experts.
+
+    The MTP modules sit with the head in the last stage. In a V (zbv, dualpipev) that is on the rank of the
+    embedding, which they share, as in the report; elsewhere the last rank has a copy, and both get the sum of
+    their gradients.
 
     ``length``: tokens of a sequence, for the costs by which the model is cut and the shape that travels.
     Raises :class:`UserError` where the model has too few layers.
@@ -59,28 +60,30 @@ class Pipeline:
         embedding = model.model.embed_tokens
         self.dtype = embedding.compute_dtype or embedding.weight.dtype
         self.depths = len(model.mtp_modules)
-        together = schedule in V_SHAPED or self.ranks == 1
-        self.modules: list[Slice] = []
-        for stage in self.stages:
-            last = stage == len(self.cut) - 1
-            lookup = None
-            if last and self.depths:
-                lookup = embedding if together else copy.deepcopy(embedding)
-            self.modules.append(Slice(model, self.cut[stage], lookup, borrowed=together))
-        for module in self.modules:
+        pieces = [piece for stage in self.stages for piece in self.cut[stage]]
+        ends = len(self.cut) - 1 in self.stages
+        self._two_embeddings = self.depths > 0 and schedule not in V_SHAPED and self.ranks > 1
+        copied = copy.deepcopy(embedding) if ends and self._two_embeddings else None
+        self.part = Part(model, pieces, copied)
+        self.slices = [
+            Slice(
+                model,
+                self.cut[stage],
+                copied if stage == len(self.cut) - 1 else None,
+                embedding if ends and copied is None and 0 not in self.cut[stage] else None,
+            )
+            for stage in self.stages
+        ]
+        for module in self.slices:
             split.apply(module, module.gradients)
         self.trace: Trace | None = None  # set one, and the next steps are noted in it
-        self._two_embeddings = self.depths > 0 and not together
         self._built: tuple[Any, ...] | None = None
 
     @property
-    def repeated(self) -> list[nn.Parameter]:
-        """Parameters of this rank that another rank holds too: a norm over all ranks counts them there."""
-        return [p for module in self.modules if module.ends and not module.begins for p in _embedding(module)]
-
-    def layers(self) -> dict[int, nn.Module]:
-        """The decoder layers of this rank by id, MTP modules too."""
-        return {number: layer for module in self.modules for number, layer in module.layers().items()}
+    def repeated(self) -> dict[str, nn.Parameter]:
+        """Parameters that this rank and another pipeline rank have, by name: the embedding and its copy."""
+        found = self.part.named_parameters() if self._two_embeddings else ()
+        return {name: p for name, p in found if name == "model.embed_tokens.weight"}
 
     def accumulate(self, batches: list[Batch], share: Share, mtp_weight: float) -> Losses:
         """Forward and backward of a step: gradients are left in the parameters.
@@ -92,13 +95,12 @@ class Pipeline:
         """
         device = batches[0].tokens_BT.device
         work = Work(batches, self.length, share, mtp_weight)
-        for module in self.modules:
+        for module in self.slices:
             module.work = work
         runner = self._runner(len(batches), len(batches[0].tokens_BT), device)
         numbers = torch.arange(len(batches))
         runner.step(micro=numbers, target=numbers, losses=[], return_outputs=False)
-        if self._two_embeddings and mtp_weight > 0:
-            self._add_embedding_gradients()
+        self._add_embedding_gradients()
         return work.losses(self.depths, device)
 
     def _runner(self, micro_batches: int, sequences: int, device: torch.device) -> Any:
@@ -108,11 +110,10 @@ class Pipeline:
             return self._built[1]
         self._check(micro_batches)
         stream = torch.empty(sequences, self.length, self.config.hidden_size, dtype=self.dtype, device=device)
-        sharded = any(isinstance(m, FSDPModule) for module in self.modules for m in module.modules())
-        stepped = self.schedule == "dualpipev" and not sharded
+        stepped = self.schedule == "dualpipev"
         stages = [
             Stage(module, index, len(self.cut), self.group, stream, stepped, self.trace)
-            for index, module in zip(self.stages, self.modules)
+            for index, module in zip(self.stages, self.slices)
         ]
         runner = _SCHEDULES[self.schedule](
             stages[0] if self.schedule == "1f1b" else stages,
@@ -143,27 +144,16 @@ class Pipeline:
     @torch.no_grad()
     def _add_embedding_gradients(self) -> None:
         """Both copies of the embedding get the sum of their gradients, and so stay equal."""
-        for module in self.modules:
-            if module.begins == module.ends:
-                continue
-            (weight,) = _embedding(module)
-            # The first stage is on rank 0, the last one on the last rank.
-            other = dist.get_global_rank(self.group, self.ranks - 1 if module.begins else 0)
-            assert weight.grad is not None
-            mine = _local(weight.grad)
-            theirs = torch.empty_like(mine)
+        # The first stage is on rank 0, the last one on the last rank.
+        other = dist.get_global_rank(self.group, self.ranks - 1 if self.rank == 0 else 0)
+        for weight in self.repeated.values():
+            if weight.grad is None:  # the step was without MTP
+                weight.grad = torch.zeros_like(weight)
+            theirs = torch.empty_like(weight.grad)
             exchange = [
-                dist.P2POp(dist.isend, mine.contiguous(), other, self.group),
+                dist.P2POp(dist.isend, weight.grad, other, self.group),
                 dist.P2POp(dist.irecv, theirs, other, self.group),
             ]
             for work in dist.batch_isend_irecv(exchange):
                 work.wait()
-            mine += theirs
-
-
-def _embedding(module: Slice) -> list[nn.Parameter]:
-    return [p for name, p in module.named_parameters() if name == "model.embed_tokens.weight"]
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
+            weight.grad += theirs

@@ -10,6 +10,7 @@ micro-batches from its own loader.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ from dsv3.model.attention import Context
 from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import Embedding
 from dsv3.model.loss import Losses, Share, states_loss
-from dsv3.model.moe import RouterStats
+from dsv3.model.moe import MoE, RouterStats
 from dsv3.model.mtp import MTPModule
 from dsv3.ops.attention import document_mask
 from dsv3.ops.rope import inverse_frequencies, rotations
@@ -70,12 +71,42 @@ class _WithLoss(torch.autograd.Function):
         return grad, torch.ones((), dtype=ctx.dtype, device=grad.device)
 
 
-class Slice(nn.Module):
-    """Consecutive pieces of ``model`` (see ``cut``), the same modules under the same names.
+class Part(nn.Module):
+    """Some pieces of ``model`` (numbered as in ``cut``): the same modules under the same names.
 
-    ``embedding``: what the MTP modules look tokens up in, given to the slice with the end; borrowed from
-    the slice with the beginning where one rank has both (``borrowed``), else a copy and a parameter of this
-    slice.
+    ``embedding``: what MTP modules look tokens up in, a parameter of this part even if it lacks piece 0.
+    """
+
+    def __init__(self, model: DeepSeekV3, pieces: Collection[int], embedding: Embedding | None = None):
+        super().__init__()
+        config = self.config = model.config
+        main = config.num_hidden_layers
+        self.begins, self.ends = 0 in pieces, main + 1 in pieces
+        self.model = nn.Module()
+        if self.begins:
+            self.model.embed_tokens = model.model.embed_tokens
+        elif embedding is not None:
+            self.model.embed_tokens = embedding
+        self.layer_ids = [piece - 1 for piece in pieces if 1 <= piece <= main]
+        self.mtp_ids = [main + k for k in range(len(model.mtp_modules))] if self.ends else []
+        kept = {str(layer): model.model.layers[layer] for layer in (*self.layer_ids, *self.mtp_ids)}
+        self.model.layers = nn.ModuleDict(kept)
+        if self.ends:
+            self.model.norm, self.lm_head = model.model.norm, model.lm_head
+
+    def layer(self, number: int) -> DecoderLayer:
+        """The layer with this id (MTP modules follow the main layers)."""
+        return cast(DecoderLayer, cast(nn.ModuleDict, self.model.layers)[str(number)])
+
+    def moe_layers(self) -> dict[int, MoE]:
+        """Layers with experts by id, MTP modules included."""
+        layers = {number: self.layer(number).mlp for number in (*self.layer_ids, *self.mtp_ids)}
+        return {number: mlp for number, mlp in layers.items() if isinstance(mlp, MoE)}
+
+
+class Slice(Part):
+    """Consecutive pieces that run. ``borrowed``: an embedding that MTP modules look tokens up in and that is
+    a parameter of another slice on this rank.
     """
 
     work: Work
@@ -85,38 +116,17 @@ class Slice(nn.Module):
         model: DeepSeekV3,
         pieces: range,
         embedding: Embedding | None = None,
-        borrowed: bool = False,
+        borrowed: Embedding | None = None,
     ):
-        super().__init__()
-        config = self.config = model.config
-        main = config.num_hidden_layers
+        super().__init__(model, pieces, embedding)
         self.gradients = WeightGradients()
-        self.frequency_P, self.rope_factor = inverse_frequencies(config)
-        self.begins, self.ends = 0 in pieces, main + 1 in pieces
-        self.model = nn.Module()
-        if self.begins:
-            self.model.embed_tokens = model.model.embed_tokens
-        kept = [piece - 1 for piece in pieces if 1 <= piece <= main]
-        if self.ends:
-            kept += range(main, main + len(model.mtp_modules))
-        self.model.layers = nn.ModuleDict({str(layer): model.model.layers[layer] for layer in kept})
-        self.layer_ids = [layer for layer in kept if layer < main]
-        self.mtp_ids = [layer for layer in kept if layer >= main]
-        self._lookup: list[Embedding] = []  # in a list: not a module of this slice
-        if self.ends:
-            self.model.norm, self.lm_head = model.model.norm, model.lm_head
-            if embedding is not None:
-                self._lookup.append(embedding)
-                if not borrowed:
-                    self.model.embed_tokens = embedding
+        self.frequency_P, self.rope_factor = inverse_frequencies(model.config)
+        self._lookup = (borrowed,)  # in a tuple: not a module of this slice
 
-    def layer(self, number: int) -> DecoderLayer:
-        """The layer with this id (MTP modules follow the main layers)."""
-        return cast(DecoderLayer, cast(nn.ModuleDict, self.model.layers)[str(number)])
-
-    def layers(self) -> dict[int, DecoderLayer]:
-        """Every layer of the slice by id, MTP modules too."""
-        return {number: self.layer(number) for number in (*self.layer_ids, *self.mtp_ids)}
+    @property
+    def embedding(self) -> Embedding:
+        """What tokens are looked up in."""
+        return cast(Embedding, self._lookup[0] or self.model.embed_tokens)
 
     def context(self, batch: Batch, length: int) -> Context:
         """Rotations, and with documents positions that restart and a mask."""
@@ -142,7 +152,7 @@ class Slice(nn.Module):
         found: list[tuple[int, RouterStats | None]] = []
         x = x_BTD
         if self.begins:
-            x = cast(Embedding, self.model.embed_tokens)(batch.tokens_BT[:, : work.length])
+            x = self.embedding(batch.tokens_BT[:, : work.length])
         assert x is not None
         for number in self.layer_ids:
             x, stats = yield from layer_steps(self.layer(number), x, context, cuts)
@@ -153,7 +163,7 @@ class Slice(nn.Module):
                 if cuts is not None:  # the head reads this state, and so does the module
                     states[-1] = cuts.tensor(states[-1])
                 module = cast(MTPModule, self.layer(number))
-                embedded = self._lookup[0](batch.tokens_BT[:, k : k + work.length])
+                embedded = self.embedding(batch.tokens_BT[:, k : k + work.length])
                 joined = module.join(embedded, states[-1])
                 out, stats = yield from layer_steps(module, joined, context, cuts)
                 states.append(module.shared_head.norm(out))
