@@ -53,7 +53,8 @@ class Checkpoints(Callback):
 # Keys that may differ when a run goes on: where it runs and what it writes, not what it computes.
 _MAY_CHANGE = {
     "out", "device", "compile", "recompute", "max_skipped", "checkpoint", "validation", "samples", "log",
-    "total_tokens", "optimizer", "schedule", "balance", "mtp", "precision", "fp8",
+    "total_tokens", "steps", "evaluation", "shown", "optimizer", "schedule", "balance", "mtp", "precision",
+    "fp8",
 }  # fmt: skip
 
 
