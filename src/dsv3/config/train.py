@@ -56,6 +56,11 @@ class DataSection(Recipe):
     mask_documents: bool = Field(
         False, description="attend within documents only (the report packs without masks)"
     )
+    long_share: float = Field(
+        0.0, ge=0, le=1,
+        description="share of samples that lie inside one document, where there are such long ones; the rest"
+        " are packed",
+    )  # fmt: skip
 
 
 class BatchSection(Recipe):

@@ -6,14 +6,16 @@ which the trainer keeps: a checkpoint stores one integer, and a run resumes on a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from dsv3.common.errors import UserError
 from dsv3.data.permutation import combine, period_table, permute
-from dsv3.data.shards import TokenShards
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,23 @@ class Batch:
         return Batch(*(None if x is None else x.to(device) for x in rows))  # type: ignore[arg-type]
 
 
+class Tokens(Protocol):
+    """One source: tokens in a row, and where its documents begin."""
+
+    folder: Path
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        """Where each document begins, ascending."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop``, uint32."""
+        ...
+
+
 class TokenLoader:
     """Samples of ``seq_len + extra_tokens`` consecutive tokens, drawn from weighted sources.
 
@@ -48,7 +67,7 @@ class TokenLoader:
 
     def __init__(
         self,
-        sources: list[tuple[TokenShards, float]],
+        sources: Sequence[tuple[Tokens, float]],
         seq_len: int,
         extra_tokens: int = 1,
         seed: int = 0,

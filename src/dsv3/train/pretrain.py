@@ -9,11 +9,24 @@ import torch
 from dsv3.checkpoint.hf import tokenizer_files
 from dsv3.config.train import PretrainRecipe, check_vocabulary
 from dsv3.data.loader import TokenLoader
+from dsv3.data.long import mix
 from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.train.callbacks.validation import Samples, Validation
 from dsv3.train.objective import LanguageModelling
 from dsv3.train.stage import check_start, choose_device, make_model, open_run, train_stage
+
+
+def loaders(recipe: PretrainRecipe) -> tuple[TokenLoader, TokenLoader]:
+    """The recipe's training samples and its held-out ones; :class:`UserError` where there is too little."""
+    train, valid = (
+        [(shards, weight) for _, shards, weight in open_split(recipe.data.path, split)]
+        for split in ("train", "valid")
+    )
+    length, extra = recipe.sequence_length, 1 + recipe.model.num_nextn_predict_layers
+    mixed = mix(train, recipe.data.long_share, length, extra)
+    loader = TokenLoader(mixed, length, extra, recipe.seed, mask_documents=recipe.data.mask_documents)
+    return loader, TokenLoader(valid, length, extra, seed=0)
 
 
 def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | None:
@@ -24,14 +37,9 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
     """
     device = choose_device(recipe.device)
     data = Path(recipe.data.path)
-    train, valid = (
-        [(shards, weight) for _, shards, weight in open_split(data, s)] for s in ("train", "valid")
-    )
+    loader, held_out = loaders(recipe)
     tokenizer = Tokenizer.load(data)
     check_vocabulary(recipe.model, tokenizer.vocab_size)
-    length, extra = recipe.sequence_length, 1 + recipe.model.num_nextn_predict_layers
-    loader = TokenLoader(train, length, extra, recipe.seed, mask_documents=recipe.data.mask_documents)
-    held_out = TokenLoader(valid, length, extra, seed=0)
     sequences = min(recipe.validation.sequences, sum(held_out.samples))
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths).long()
     check_start(recipe)
@@ -41,5 +49,5 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
     model = make_model(recipe, device)
     validation = Validation(run, held_out.batch(0, sequences).tokens_BT, byte_lengths, recipe.validation)
     samples = Samples(run, tokenizer, recipe.samples)
-    objective = LanguageModelling(loader, length, recipe.total_tokens)
+    objective = LanguageModelling(loader, recipe.sequence_length, recipe.total_tokens)
     return train_stage(recipe, model, objective, run, checkpoint, files, [validation, samples])
