@@ -54,6 +54,9 @@ def evaluate(
     as_json: bool = typer.Option(False, "--json", help="print the result as JSON"),
 ) -> None:
     """Bits per byte of a text (less is better) and the share of MTP drafts that fit; or scores on tasks."""
+    if tasks == "list":
+        _list(as_json)
+        return
     if folder is None:
         raise UserError("give the folder of a model: dsv3 eval FOLDER --data ... or --tasks ...")
     if tasks is not None:
@@ -101,6 +104,31 @@ def _tasks(
     rows = [_row(name, one) for name, one in results["tasks"].items()]
     show(str(folder), ("task", "shots", "n", "metric", "score", "+-", "notes"), rows)
     typer.echo(f"every prompt and answer: {out}/*.jsonl\nbeside another model's: dsv3 eval --compare A B")
+
+
+def _list(as_json: bool) -> None:
+    """What ``--tasks`` takes."""
+    from dsv3.evaluate import tasks
+    from dsv3.evaluate.benchmarks.table import TABLE
+
+    if as_json:
+        typer.echo(json.dumps({"benchmarks": list(TABLE), "generated": tasks.names()}))
+        return
+    from dsv3.cli.tables import show
+
+    rows = [
+        (
+            name,
+            one.judge or "ranked",
+            str(one.shots),
+            one.metric,
+            "package" if one.sources else f"{name}.jsonl",
+        )
+        for name, one in TABLE.items()
+    ]
+    show("Benchmarks (--data)", ("task", "judged", "shots", "metric", "from"), rows)
+    typer.echo(f"Generated, NAME or NAME:DIFFICULTY: {', '.join(n for n in tasks.names() if '/' not in n)}")
+    typer.echo("and reasoning-gym's, where it is installed: dsv3 tasks list")
 
 
 def _row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
