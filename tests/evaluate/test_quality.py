@@ -11,6 +11,7 @@ import torch
 import dsv3
 from dsv3.checkpoint.convert import convert
 from dsv3.common.errors import UserError
+from dsv3.data.loader import Batch
 from dsv3.data.tokenizer import Tokenizer, train
 from dsv3.evaluate.held_out import evaluate, total_loss
 from dsv3.evaluate.quality import AS_STORED, compare, read
@@ -49,7 +50,7 @@ def test_every_format_is_the_model_in_that_format(folder: Path) -> None:
     lengths = torch.from_numpy(tokenizer.byte_lengths).long()
     for name in found:
         model = dsv3.load(folder, quantize=None if name == AS_STORED else name)
-        assert found[name]["text.txt"] == evaluate(model, rows, lengths, 16)
+        assert found[name]["text.txt"] == evaluate(model, Batch(rows), lengths, 16)
     assert len({row["text.txt"].loss for row in found.values()}) == 4
     convert(folder, folder.parent / "int4", "int4")
     stored = compare(folder.parent / "int4", text, [], length=16, sequences=4)

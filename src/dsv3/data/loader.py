@@ -35,6 +35,11 @@ class Batch:
         rows = (self.tokens_BT, self.documents_BT, self.bears_BT)
         return Batch(*(None if x is None else x.to(device) for x in rows))  # type: ignore[arg-type]
 
+    def slice(self, first: int, stop: int) -> Batch:
+        """Rows ``first`` .. ``stop``."""
+        rows = (self.tokens_BT, self.documents_BT, self.bears_BT)
+        return Batch(*(None if x is None else x[first:stop] for x in rows))  # type: ignore[arg-type]
+
 
 class Tokens(Protocol):
     """One source: tokens in a row, and where its documents begin."""

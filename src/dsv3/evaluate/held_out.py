@@ -1,6 +1,6 @@
 """Bits per byte and MTP acceptance on held-out text (report 2.2 for the latter).
 
-Shapes: B batch, T time, N flattened tokens, D hidden.
+Shapes: B batch, T time, N flattened tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.data.loader import Batch
+from dsv3.data.targets import labels, restarted_positions
 from dsv3.model import DeepSeekV3
 from dsv3.ops.cross_entropy import CHUNK_ELEMENTS, IGNORE
 
@@ -33,32 +35,38 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(
-    model: DeepSeekV3, tokens_SX: Tensor, byte_lengths: Tensor, length: int, batch: int = 8
-) -> HeldOut:
-    """Read sequences ``tokens_SX`` int64 ``[S, length + 1 or more]``; each predicts its tokens 1 .. length.
+def evaluate(model: DeepSeekV3, rows: Batch, byte_lengths_V: Tensor, length: int, batch: int = 8) -> HeldOut:
+    """Read rows of ``length + 1`` tokens or more; each predicts its tokens 1 .. length.
 
-    ``byte_lengths`` ``[V]``: UTF-8 bytes a token stands for (0 for special tokens).
+    Where the rows hold documents or say which tokens bear loss, those that do not count nowhere (such rows
+    hold the tokens of every MTP depth too). ``byte_lengths_V``: UTF-8 bytes a token stands for (0 for
+    special tokens).
     """
     device = model.lm_head.weight.device
     nats, tokens, size = 0.0, 0, 0
     agreed = [0] * len(model.mtp_modules)
     drafted = [0] * len(model.mtp_modules)
-    for start in range(0, tokens_SX.shape[0], batch):
-        rows = tokens_SX[start : start + batch, : length + 1].to(device)
-        states, _ = model.hidden_states(rows[:, :length])
-        target = rows[:, 1 : length + 1]
-        flat = states[0].flatten(0, 1)
-        nats += _nats(model, flat, target.reshape(-1))
-        tokens += target.numel()
-        size += int(byte_lengths[target.cpu()].sum())
+    for start in range(0, rows.tokens_BT.shape[0], batch):
+        piece = rows.slice(start, start + batch).to(device)
+        documents = None if piece.documents_BT is None else piece.documents_BT[:, :length]
+        states, _ = model.hidden_states(
+            piece.tokens_BT[:, :length],
+            positions_BT=None if documents is None else restarted_positions(documents),
+            documents_BT=documents,
+        )
+        target = labels(piece, length, 0)
+        nats += _nats(model, states[0].flatten(0, 1), target.flatten())
+        bearing = target[target != IGNORE].cpu()
+        tokens += bearing.numel()
+        size += int(byte_lengths_V[bearing].sum())
         if len(states) > 1:
             greedy = _argmax(model, states[0])
             for depth, state in enumerate(states[1:], start=1):
                 draft = _argmax(model, state)  # at i: the token at i + depth + 1
                 own = greedy[:, depth : depth + draft.shape[1]]
-                agreed[depth - 1] += int((draft[:, : own.shape[1]] == own).sum())
-                drafted[depth - 1] += own.numel()
+                counts = labels(piece, length, depth)[:, : own.shape[1]] != IGNORE
+                agreed[depth - 1] += int(((draft[:, : own.shape[1]] == own) & counts).sum())
+                drafted[depth - 1] += int(counts.sum())
     acceptance = [a / max(1, d) for a, d in zip(agreed, drafted)]
     return HeldOut(nats / max(1, tokens), nats / math.log(2) / max(1, size), acceptance)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv3.checkpoint.hf import check_quantize, load
 from dsv3.common.errors import UserError
 from dsv3.common.progress import Progress
-from dsv3.data.loader import TokenLoader
+from dsv3.data.loader import Batch, TokenLoader
 from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evaluate.held_out import HeldOut, evaluate
@@ -60,7 +60,7 @@ def compare(
             model = load(folder, quantize=None if name == AS_STORED else name).eval()
             found[name] = {}
             for text, tokens_SX in texts.items():
-                found[name][text] = evaluate(model, tokens_SX, byte_lengths, length)
+                found[name][text] = evaluate(model, Batch(tokens_SX), byte_lengths, length)
                 progress.advance(1)
             del model  # before the next is there
     return found

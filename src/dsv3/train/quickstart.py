@@ -70,9 +70,10 @@ def report(out: Path, data: Path, recipe: PretrainRecipe) -> str:
     for folder in sorted(path for path in (data / "valid").iterdir() if path.is_dir()):
         shards = TokenShards(folder)
         loader = TokenLoader([(shards, 1.0)], recipe.sequence_length, 2)
-        rows = loader.batch(0, min(128, loader.samples[0])).tokens_BT
+        rows = loader.batch(0, min(128, loader.samples[0]))
         found = evaluate(model, rows, byte_lengths, recipe.sequence_length)
-        text = tokenizer.decode(rows[:, 1 : recipe.sequence_length + 1].flatten().tolist(), skip_special=True)
+        read = rows.tokens_BT[:, 1 : recipe.sequence_length + 1]
+        text = tokenizer.decode(read.flatten().tolist(), skip_special=True)
         fit = tokenizer.decode(TokenShards(data / "train" / folder.name).tokens(0, 300_000).tolist())
         held = text.encode()
         xz, unigram = xz_bits_per_byte(held), unigram_bits_per_byte(fit.encode(), held)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from dsv3.config.train import SamplesSection, ValidationSection
+from dsv3.data.loader import Batch
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evaluate.held_out import HeldOut, evaluate
-from dsv3.evaluate.sample import complete
+from dsv3.evaluate.sample import generate
 from dsv3.train.run import RunFolder
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
@@ -15,9 +18,9 @@ from dsv3.train.trainer import Callback, StepReport, Trainer
 class Validation(Callback):
     """Reads the same held-out sequences every ``validation.every`` steps and at the end."""
 
-    def __init__(self, run: RunFolder, tokens_SX: Tensor, byte_lengths: Tensor, options: ValidationSection):
+    def __init__(self, run: RunFolder, rows: Batch, byte_lengths: Tensor, options: ValidationSection):
         self.run, self.options = run, options
-        self.tokens_SX, self.byte_lengths = tokens_SX, byte_lengths
+        self.rows, self.byte_lengths = rows, byte_lengths
         self.last: HeldOut | None = None
         self.last_step = -1
 
@@ -26,7 +29,7 @@ class Validation(Callback):
         if self.last_step == trainer.state.step:
             return
         trainer.model.eval()
-        found = evaluate(trainer.model, self.tokens_SX, self.byte_lengths, trainer.recipe.sequence_length)
+        found = evaluate(trainer.model, self.rows, self.byte_lengths, trainer.recipe.sequence_length)
         trainer.model.train()
         self.last, self.last_step = found, trainer.state.step
         self.run.metric(
@@ -56,24 +59,35 @@ class Validation(Callback):
 
 
 class Samples(Callback):
-    """Continues the recipe's prompts every ``samples.every`` steps and at the end."""
+    """Continues the recipe's prompts every ``samples.every`` steps and at the end.
 
-    def __init__(self, run: RunFolder, tokenizer: Tokenizer, options: SamplesSection):
-        self.run, self.tokenizer, self.options = run, tokenizer, options
+    ``encode``: the token ids a prompt stands for.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        tokenizer: Tokenizer,
+        options: SamplesSection,
+        encode: Callable[[str], list[int]],
+    ):
+        self.run, self.tokenizer, self.options, self.encode = run, tokenizer, options, encode
 
     def write(self, trainer: Trainer) -> None:
         """One line of ``samples.jsonl`` a prompt."""
         options, tokenizer = self.options, self.tokenizer
         trainer.model.eval()
         for prompt in options.prompts:
-            text = complete(
+            made = generate(
                 trainer.model,
-                tokenizer,
-                prompt,
-                max_tokens=options.tokens,
-                temperature=options.temperature,
-                seed=trainer.recipe.seed,
+                self.encode(prompt) or [tokenizer.bos_id],
+                options.tokens,
+                options.temperature,
+                trainer.recipe.seed,
+                stop={tokenizer.eos_id},
+                vocab_size=tokenizer.vocab_size,
             )
+            text = tokenizer.decode(made, skip_special=True)
             self.run.sample({"step": trainer.state.step, "prompt": prompt, "text": text})
         trainer.model.train()
 
