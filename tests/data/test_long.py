@@ -29,10 +29,8 @@ def test_windows_lie_inside_documents(
         for i in range((size - extra) // length if size > extra else 0)
     ]
     assert len(windows) == (len(expected) * length + extra if expected else 0)
-    found = [
-        windows.tokens(i * length, (i + 1) * length + extra).tolist() for i in range(len(windows) // length)
-    ]
-    assert found[: len(expected)] == expected
+    found = [windows.tokens(i * length, (i + 1) * length + extra).tolist() for i in range(len(expected))]
+    assert found == expected
     assert windows.longest == max(lengths)
 
 
@@ -41,7 +39,7 @@ def test_a_loader_draws_the_share_asked_for(tmp_path: Path) -> None:
     length, extra = 16, 2
     loader = TokenLoader(mix([(shards, 1.0)], 0.75, length, extra), length, extra, seed=5)
     source, epoch, _ = loader.locate(0, 400)
-    assert np.bincount(source).tolist() == [300, 100]
+    assert abs(np.count_nonzero(source == 0) - 300) < 15
     batch = loader.batch(0, 400).tokens_BT.numpy()
     inside = {
         tuple(shards.tokens(start + i * length, start + (i + 1) * length + extra).tolist())
