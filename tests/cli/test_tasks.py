@@ -46,6 +46,8 @@ def test_list_and_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
             ("write", "nowhere/rows.jsonl", "--tasks", "sums"),
             "out (nowhere/rows.jsonl) must end in .jsonl and",
         ),
+        (("write", "rows.jsonl", "--tasks", "sums:x"), "task (sums:x): the difficulty after the colon must"),
+        (("write", "rows.jsonl", "--tasks", "sums:9"), "difficulty (9) of sums must be from 1 to 5"),
         (("write", "rows.jsonl", "--tasks", "sums,sum"), "task (sum) is unknown (did you mean sums?)"),
         pytest.param(
             ("write", "rows.jsonl", "--tasks", "gym/propositional_logic"),
@@ -74,11 +76,11 @@ def test_written_examples_are_different_solved_and_of_their_split(
     from dsv3.evaluate.tasks.base import Example, split_of
 
     out = tmp_path / "rows.jsonl"
-    words = ("write", str(out), "--tasks", "sums,gcd", "--count", "150")
+    words = ("write", str(out), "--tasks", "sums:1,gcd", "--count", "150")
     code, said, _ = run(monkeypatch, capsys, *words)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     # Difficulty 1 has so many questions, some of them held out: all there are is what is written.
-    assert code == 0 and "train examples of sums: 149, gcd: 100\n" in said
+    assert code == 0 and "train examples of sums:1: 149, gcd: 100\n" in said
     assert len({row["id"] for row in rows}) == len(rows) == 249
     for row in rows:
         completion = row.pop("completion")

@@ -58,8 +58,9 @@ def show(
 @app.command()
 def write(
     out: Path = typer.Argument(help="File to write, ending in .jsonl; one that is there gives way."),
-    tasks: str = typer.Option(..., "--tasks", help="Names of `dsv3 tasks list`, as sums,gcd."),
-    difficulty: int = typer.Option(1, help="1 to 5."),
+    tasks: str = typer.Option(
+        ..., "--tasks", help="Names of `dsv3 tasks list`, each with its difficulty or 1, as sums:2,gcd."
+    ),
     seed: int = typer.Option(0, help="Another seed gives other examples, of the same splits."),
     split: str = typer.Option("train", help="train, validation or test; they share no example."),
     count: int = typer.Option(1000, min=1, help="Different examples of each task; fewer where it has fewer."),
@@ -68,14 +69,13 @@ def write(
     """A dataset of solved examples: `prompt`, `completion` and the task's columns, for `dsv3 sft`."""
     from dsv3.common.errors import UserError
     from dsv3.common.files import write_atomic
-    from dsv3.evaluate.tasks import get
-    from dsv3.evaluate.tasks.draw import solved
+    from dsv3.evaluate.tasks.draw import named, solved
 
     if out.suffix != ".jsonl" or not out.parent.is_dir():
         raise UserError(f"out ({out}) must end in .jsonl and lie in a folder that exists")
     lines, counts = [], []
     for name in dict.fromkeys(tasks.split(",")):
-        rows = list(solved(get(name, difficulty, seed), count, split, reasoning=not plain))  # type: ignore[arg-type]
+        rows = list(solved(named(name, seed), count, split, reasoning=not plain))  # type: ignore[arg-type]
         lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         counts.append(f"{name}: {len(rows)}")
     write_atomic(out, "".join(lines))

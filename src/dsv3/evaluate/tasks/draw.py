@@ -6,9 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv3.common.errors import UserError
+from dsv3.evaluate.tasks import get
 from dsv3.evaluate.tasks.base import Example, Split, Task
 
 IN_VAIN = 1000  # draws in a row that bring nothing new, before a task is held to have no more
+
+
+def named(name: str, seed: int = 0) -> Task:
+    """The task of ``NAME`` or ``NAME:DIFFICULTY`` (1 to 5; 1 where not given)."""
+    bare, colon, level = name.strip().partition(":")
+    if colon and not level.isdigit():
+        raise UserError(f"task ({name}): the difficulty after the colon must be from 1 to 5")
+    return get(bare, int(level or 1), seed)
 
 
 def different(task: Task, count: int, split: Split = "train") -> Iterator[Example]:
