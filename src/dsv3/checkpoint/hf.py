@@ -23,7 +23,7 @@ from dsv3.checkpoint.weights import FLOATS, INDEX, SINGLE, Weights, shard_files
 from dsv3.common.errors import UserError, nearest
 from dsv3.common.files import new_folder, write_json
 from dsv3.config.model import ModelConfig
-from dsv3.model import DeepSeekV3
+from dsv3.model import DeepSeekV3, score
 from dsv3.ops.blocks import BLOCK
 from dsv3.quant import frozen, packed
 from dsv3.quant.packed import Integers
@@ -121,6 +121,8 @@ def bare_model(config: ModelConfig, weights: Weights, stored: Integers | None = 
         config = ModelConfig.from_dict({**config.to_dict(), "num_nextn_predict_layers": depth})
     with torch.device("meta"):
         model = DeepSeekV3(config)
+        if score.NAME in weights.entries:  # a reward model
+            score.add_score(model)
     if stored:
         packed.pack(model, stored)
         weights.check_packed(model)

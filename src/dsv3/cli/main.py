@@ -21,6 +21,7 @@ from dsv3.cli import (
     niah,
     plan,
     pretrain,
+    reward,
     serve,
     sft,
     tasks,
@@ -40,6 +41,7 @@ app = typer.Typer(
 app.add_typer(pretrain.app)
 app.add_typer(sft.app)
 app.add_typer(distill.app)
+app.add_typer(reward.app)
 app.add_typer(generate.app)
 app.add_typer(chat.app)
 app.add_typer(serve.app)

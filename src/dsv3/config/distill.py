@@ -112,6 +112,16 @@ class RejectionSection(Recipe):
     )
 
 
+class TeacherSection(Recipe):
+    """Distillation by logits, beside the loss of a training stage: KL(teacher || student) is added to it."""
+
+    path: str | None = Field(
+        None, description="Hugging Face folder of a model with the same tokenizer; null: none"
+    )
+    weight: float = Field(1.0, gt=0, description="of the divergence, beside the next-token loss")
+    top_k: int = Field(64, gt=0, description="the teacher's likeliest tokens told apart; the rest is one")
+
+
 class DistillRecipe(Recipe):
     """Everything `dsv3 distill` needs to know."""
 
