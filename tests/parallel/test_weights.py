@@ -102,8 +102,8 @@ def compare(world_size: int) -> dict[str, dict[str, float]]:
     import torch.distributed as dist
 
     from dsv3.parallel.layout import Layout, make_meshes
+    from dsv3.parallel.weights import Weights
     from dsv3.parallel.world import World
-    from dsv3.train.optimizer import clip_gradients
 
     dist.init_process_group("gloo")
     found = {}
@@ -114,7 +114,7 @@ def compare(world_size: int) -> dict[str, dict[str, float]]:
         whole_loss = gradients(one, batch, mtp_weight, range(SEQUENCES), 4)
         wanted = {n: p.grad for n, p in one.named_parameters()}
         after = copy.deepcopy({n: p.detach() for n, p in one.named_parameters()})
-        norm = clip_gradients([p for p in one.parameters()], 1e9)
+        norm = World().norm(Weights(one).pieces.values())
         for zero in (1, 3):
             model, _, _ = build(options)
             world = World(layout, meshes, zero, node_size=2)
@@ -131,8 +131,7 @@ def compare(world_size: int) -> dict[str, dict[str, float]]:
                 whole = piece.distributed(piece.local.grad).full_tensor()  # type: ignore[attr-defined]
                 error = (whole - wanted[parameter]).norm() / wanted[parameter].norm().clamp_min(1e-12)
                 worst = max(worst, float(error))
-            pairs = [(p.local.grad, p.copies) for p in weights.pieces.values() if p.local.grad is not None]
-            found_norm = world.norm(pairs)
+            found_norm = world.norm(weights.pieces.values())
             with torch.no_grad():
                 for piece in weights.pieces.values():
                     if piece.local.grad is not None:

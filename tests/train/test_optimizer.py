@@ -9,6 +9,7 @@ from dsv3.common.errors import UserError
 from dsv3.config.model import ModelConfig
 from dsv3.config.train import OptimizerSection
 from dsv3.model import DeepSeekV3
+from dsv3.parallel.weights import Weights
 from dsv3.train.optimizer import build, clip_gradients, load_state_tensors, state_tensors
 from tests.train.conftest import MODEL
 
@@ -63,7 +64,7 @@ def test_norms_do_not_decay() -> None:
 @pytest.mark.parametrize("limit", [1e9, 0.5])
 def test_clip_agrees_with_torch(limit: float) -> None:
     ours, theirs = model_with_gradients(), model_with_gradients()
-    norm = clip_gradients(list(ours.parameters()), limit)
+    norm = clip_gradients(Weights(ours), limit)
     assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit)), rel=1e-5)
     for a, b in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-9)
@@ -73,7 +74,7 @@ def test_a_norm_that_is_not_finite_scales_nothing() -> None:
     model = model_with_gradients()
     model.lm_head.weight.grad[0, 0] = float("nan")
     kept = model.model.norm.weight.grad.clone()
-    assert not clip_gradients(list(model.parameters()), 0.1) < float("inf")
+    assert not clip_gradients(Weights(model), 0.1) < float("inf")
     assert torch.equal(model.model.norm.weight.grad, kept)
 
 

@@ -26,6 +26,7 @@ def ours(job: dict[str, Any]) -> Step:
     from dsv3.config.train import OptimizerSection
     from dsv3.data.loader import Batch
     from dsv3.model import DeepSeekV3
+    from dsv3.parallel.weights import Weights
     from dsv3.train.objective import Share, language_loss
     from dsv3.train.optimizer import build, clip_gradients
 
@@ -37,14 +38,14 @@ def ours(job: dict[str, Any]) -> Step:
         for layer in model.model.layers:
             layer.compile()
     optimizer = build(model, OptimizerSection(lr=LEARNING_RATE, clip=CLIP))
-    parameters = list(model.parameters())
+    weights = Weights(model)
 
     def step(rows: Tensor) -> float:
         length = rows.shape[1] - 1
         share = Share([rows.shape[0] * length], rows.shape[0])
         loss, _ = language_loss(model, Batch(rows), length, share, mtp_weight=0.0)
         loss.backward()
-        clip_gradients(parameters, CLIP)
+        clip_gradients(weights, CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())

@@ -36,6 +36,7 @@ __all__ = [
 MANIFEST = "MANIFEST.json"
 OPTIMIZER = "trainer/optimizer.safetensors"
 STATE = "trainer/state.json"
+SHARED = "tensors/.metadata"  # of a checkpoint of many processes (distributed.py)
 _STEP = re.compile(r"step-(\d{6,})")
 
 
@@ -189,7 +190,7 @@ def _check_sizes(folder: Path) -> dict[str, dict[str, Any]]:
         sizes = {name: (facts["bytes"], facts["sha256"])[0] for name, facts in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{manifest} is missing or damaged ({type(error).__name__})") from None
-    if not {STATE, OPTIMIZER, "config.json"} <= set(files):
+    if not {STATE, "config.json"} <= set(files) or not {OPTIMIZER, SHARED} & set(files):
         raise DamagedCheckpoint(f"{manifest} does not list a whole checkpoint")
     for name, size in sizes.items():
         path = folder / name

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from dsv3.common.errors import UserError
 from dsv3.config.fp8 import FP8Section
 from dsv3.config.model import ModelConfig
+from dsv3.config.parallel import ParallelSection
 from dsv3.config.recipe import Recipe
 
 
@@ -163,6 +164,7 @@ class TrainRecipe(Recipe):
         "none",
         description="what the backward makes again: nothing; RMSNorm and MLA up-projections (report 5); all",
     )
+    parallel: ParallelSection = Field(ParallelSection(), description="processes, launched by torchrun")
     batch: BatchSection = Field(BatchSection(), description="batch")
     optimizer: OptimizerSection = Field(OptimizerSection(), description="optimizer")
     schedule: ScheduleSection = Field(ScheduleSection(), description="schedules")

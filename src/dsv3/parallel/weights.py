@@ -33,14 +33,15 @@ class Piece:
     """What a rank updates of one parameter.
 
     ``local``: its numbers, sharing the model's memory, with the gradient in ``grad``. ``shape``: of the whole
-    parameter; ``mesh`` and ``placements``: how that is cut (None: not at all). ``copies``: ranks with the
-    same numbers.
+    parameter; ``mesh`` and ``placements``: how that is cut (None: not at all), always along the first
+    dimension, where this piece begins with row ``first``. ``copies``: ranks with the same numbers.
     """
 
     local: nn.Parameter
     shape: torch.Size
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
+    first: int = 0
     copies: int = 1
 
     def distributed(self, local: Tensor) -> Tensor:
@@ -54,7 +55,10 @@ class Piece:
 
 
 class Weights:
-    """The weights of one process: every piece is a whole parameter."""
+    """The weights of one process: every piece is a whole parameter.
+
+    To an optimizer it looks like a module of the pieces.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -68,17 +72,25 @@ class Weights:
         """What the optimizer updates."""
         return [piece.local for piece in self.pieces.values()]
 
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The same by name."""
+        return [(name, piece.local) for name, piece in self.pieces.items()]
+
     def collect(self) -> None:
         """After the last backward of a step: the gradients of all ranks, summed, in the pieces."""
 
     def publish(self) -> None:
         """After an update of the pieces: the model computes with it."""
 
+    def here(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter with all its rows (of the experts those this rank was dealt), one at a time."""
+        for name, parameter in self.model.named_parameters():
+            tensor = parameter.detach()
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
     def clear(self) -> None:
         """Drop all gradients."""
-        for module_parameter in self.model.parameters():
-            module_parameter.grad = None
-        for parameter in self.parameters():
+        for parameter in (*self.model.parameters(), *self.parameters()):
             parameter.grad = None
 
 
@@ -117,10 +129,7 @@ class ZeRO1(Weights):
             ranks, rank = self._shared(routed)
             rows = -(-p.shape[0] // ranks)
             own = p.detach()[rank * rows : (rank + 1) * rows]
-            shape = torch.Size((p.shape[0] * (meshes.layout.expert if routed else 1), *p.shape[1:]))
-            mesh, placements = placed(meshes, routed)
-            piece = Piece(nn.Parameter(own), shape, mesh, placements, meshes.layout.replicate)
-            self.pieces[name] = piece
+            piece = self.pieces[name] = make_piece(own, p.shape, routed, meshes)
             cuts[routed].append(_Cut(piece, p, rows, rows * p[0].numel()))
         self.buckets = [
             (routed, bucket) for routed, all_cuts in cuts.items() for bucket in _into_buckets(all_cuts)
@@ -178,11 +187,25 @@ class ZeRO1(Weights):
                     part.copy_(everyone[rank, start : start + len(part)])
 
 
-def placed(meshes: Meshes, routed: bool) -> tuple[DeviceMesh, tuple[Placement, ...]]:
-    """How a parameter that is cut along its first dimension lies on the ranks."""
-    if routed:
-        return meshes.dealt, (Replicate(), Shard(0), Shard(0))
-    return meshes.dense, (Replicate(), Shard(0))
+def make_piece(local: Tensor, here: torch.Size, routed: bool, meshes: Meshes) -> Piece:
+    """The piece ``local`` of a parameter that has the shape ``here`` before it is cut along its rows.
+
+    Of ``routed`` experts that is what this rank was dealt of the whole.
+    """
+    layout = meshes.layout
+    ranks, place = (
+        (layout.expert_shard, meshes.place("expert_shard"))
+        if routed
+        else (layout.shard, meshes.place("shard"))
+    )
+    first = min(here[0], place * -(-here[0] // ranks))
+    parameter = nn.Parameter(local.detach())
+    if not routed:
+        cut = (Replicate(), Shard(0))
+        return Piece(parameter, here, meshes.dense, cut, first, layout.replicate)
+    whole = torch.Size((here[0] * layout.expert, *here[1:]))
+    first += meshes.place("expert") * here[0]
+    return Piece(parameter, whole, meshes.dealt, (Replicate(), Shard(0), Shard(0)), first, layout.replicate)
 
 
 def _into_buckets(cuts: list[_Cut]) -> Iterator[list[_Cut]]:
@@ -234,12 +257,8 @@ class FSDP(Weights):
         for name, p in model.named_parameters():
             if not p.requires_grad:
                 continue
-            mesh, placements = placed(meshes, name in experts)
-            whole = torch.Size(
-                (shapes[name][0] * (layout.expert if name in experts else 1), *shapes[name][1:])
-            )
-            local = p.to_local().detach() if isinstance(p, DTensor) else p.detach()
-            self.pieces[name] = Piece(nn.Parameter(local), whole, mesh, placements, layout.replicate)
+            local = p.to_local() if isinstance(p, DTensor) else p
+            self.pieces[name] = make_piece(local, shapes[name], name in experts, meshes)
             self.sharded[name] = p
 
     @torch.no_grad()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsv3.checkpoint.distributed import file_names
 from dsv3.common.errors import Failure, UserError
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import ParallelSection
+from dsv3.model import DeepSeekV3
 from dsv3.parallel import experts
 from dsv3.parallel.experts import Traffic
 from dsv3.parallel.layout import Layout, Meshes, make_meshes, resolve
@@ -26,12 +29,16 @@ GRACE_SECONDS = 5.0  # for the other ranks to say that they are still there, aft
 
 @dataclass
 class World:
-    """Who takes part in a run. The default: this process alone."""
+    """Who takes part in a run. The default: this process alone.
+
+    ``beside``: a group of all over the CPU's network, for what goes on beside training (checkpoints).
+    """
 
     layout: Layout = field(default_factory=Layout)
     meshes: Meshes | None = None
     zero: int = 1
     node_size: int = 1
+    beside: dist.ProcessGroup | None = None
 
     @property
     def rank(self) -> int:
@@ -68,6 +75,25 @@ class World:
         traffic = experts.apply(model, self.meshes, self.node_size, fp8)
         return (ZeRO1 if self.zero == 1 else FSDP)(model, self.meshes), traffic
 
+    def share(self, model: DeepSeekV3, weights: Weights) -> Iterator[tuple[str, Tensor]]:
+        """What this rank writes of a whole model, by file names: every tensor is one rank's.
+
+        The experts it was dealt, unless a rank before it has the same; of the other tensors of its stage
+        every ``data_size``-th. Ranks take part together: shards are gathered one tensor at a time.
+        """
+        assert self.meshes is not None
+        turn = 0
+        for name, tensor in chain(weights.here(), biases(model)):
+            if ".mlp.experts." in name:
+                own = self.meshes.place("replicate") == self.meshes.place("expert_shard") == 0
+                first = self.meshes.place("expert") * len(tensor)
+            else:
+                own, first = turn % self.data_size == self.data_rank, 0
+                turn += 1
+            if own:
+                for file_name, part in file_names(name, tensor, first, model.config):
+                    yield file_name, part.to("cpu")
+
     def add(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.meshes is None:
@@ -75,6 +101,14 @@ class World:
         total = values.clone()
         dist.all_reduce(total)
         return total
+
+    def add_data(self, values: Tensor) -> Tensor:
+        """The sum over this stage's data ranks: of what all its pipeline ranks know alike."""
+        if self.meshes is None:
+            return values
+        total = values.to(self.device)
+        dist.all_reduce(total, group=self.meshes.group("data"))
+        return total.to(values.device)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """Everybody's numbers, by rank."""
@@ -85,12 +119,13 @@ class World:
         dist.all_gather_into_tensor(everyone.view(-1), mine)
         return [[float(x) for x in row] for row in everyone.tolist()]
 
-    def norm(self, gradients: Sequence[tuple[Tensor, int]]) -> float:
-        """The norm of all gradients; of each piece how many ranks have a copy is given."""
-        norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in gradients]))
+    def norm(self, pieces: Iterable[Piece]) -> float:
+        """The norm of everybody's gradients; what several ranks have is counted once."""
+        counted = [(p.local.grad, p.copies) for p in pieces if p.local.grad is not None]
+        norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in counted]))
         if self.meshes is None:
             return float(norms.norm())
-        copies = torch.tensor([copies for _, copies in gradients], device=norms.device)
+        copies = torch.tensor([copies for _, copies in counted], device=norms.device)
         return float(self.add((norms.double().square() / copies).sum()).sqrt())
 
     @property
@@ -133,6 +168,13 @@ class World:
             dist.destroy_process_group()
 
 
+def biases(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
+    """The experts' selection biases of the layers that are here, by name."""
+    for layer, moe in model.moe_layers().items():
+        if not moe.gate.e_score_correction_bias.is_meta:
+            yield f"model.layers.{layer}.mlp.gate.e_score_correction_bias", moe.gate.e_score_correction_bias
+
+
 def local_device(name: str) -> torch.device:
     """This process's device of a kind: of several GPUs the one torchrun's LOCAL_RANK says."""
     device = torch.device(name)
@@ -160,7 +202,8 @@ def enter(section: ParallelSection, config: ModelConfig, device: torch.device) -
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=section.timeout_seconds))
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return World(layout, make_meshes(layout, device.type), section.zero, node_size)
+    meshes = make_meshes(layout, device.type)
+    return World(layout, meshes, section.zero, node_size, beside=dist.new_group(backend="gloo"))
 
 
-__all__ = ["Piece", "World", "enter", "local_device"]
+__all__ = ["Piece", "World", "biases", "enter", "local_device"]

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from dsv3.model.moe import MoE, RouterStats
+from dsv3.parallel.world import World
 
 
 class Balancer:
     """Adds up the load of every layer over the micro batches of a step, then moves the biases once."""
 
-    def __init__(self, layers: dict[int, MoE]):
-        self.layers = layers
+    def __init__(self, layers: dict[int, MoE], world: World | None = None):
+        self.layers, self.world = layers, world or World()
         self.load: dict[int, Tensor] = {}
 
     def add(self, router: dict[int, RouterStats]) -> None:
@@ -23,6 +24,15 @@ class Balancer:
         for layer, stats in router.items():
             seen = self.load.get(layer)
             self.load[layer] = stats.load_E.clone() if seen is None else seen.add_(stats.load_E)
+
+    def gather(self) -> None:
+        """After the last micro batch: the loads of all ranks, each of which has some layers and tokens."""
+        if self.world.size == 1 or not self.layers:
+            return
+        experts = next(iter(self.layers.values())).gate.weight.shape[0]
+        none = torch.zeros(experts, dtype=torch.int64, device=self.world.device)
+        loads = self.world.add(torch.stack([self.load.get(layer, none) for layer in self.layers]))
+        self.load = {layer: load_E for layer, load_E in zip(self.layers, loads) if load_E.any()}
 
     @torch.no_grad()
     def update(self, gamma: float) -> None:

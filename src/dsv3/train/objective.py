@@ -5,7 +5,8 @@ Shapes: B batch, T time (X: with the extra tokens, 1 + MTP depth), F extra token
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -61,15 +62,15 @@ class LanguageModelling:
         self.extent = Extent("tokens", total_tokens, length)
 
     def accumulate(self, trainer: Trainer, sequences: int) -> Accumulated:
-        """Gradients of the whole step's batch, one micro batch at a time."""
-        micro, first = trainer.recipe.batch.micro_sequences, trainer.state.samples
+        """Gradients of the whole step's batch, one micro batch at a time; of this rank's share of each."""
+        world, micro, first = trainer.world, trainer.recipe.batch.micro_sequences, trainer.state.samples
         mtp_weight = trainer.schedules.mtp_weight(trainer.seen)
         batches = [
             self.loader.batch(first + done, min(micro, sequences)) for done in range(0, sequences, micro)
         ]
         depths = 1 + len(trainer.model.mtp_modules)
         counts = [sum(int((labels(b, self.length, k) >= 0).sum()) for b in batches) for k in range(depths)]
-        share = Share(counts, sequences)
+        share = Share(world.add_data(torch.tensor(counts)).tolist(), sequences)
         losses = []
         for batch in batches:
             loss, parts = language_loss(
@@ -78,9 +79,16 @@ class LanguageModelling:
             loss.backward()
             trainer.balancer.add(parts.router)
             losses.append(parts)
-        metrics = {
-            "mtp_loss": [sum(float(x.mtp[k]) for x in losses) for k in range(len(losses[0].mtp))],
-            "balance_loss": sum(float(x.balance) for x in losses),
-            "mtp_weight": mtp_weight,
-        }
-        return Accumulated(sum(float(x.main) for x in losses), sequences * self.length, metrics)
+        rows = world.gather(
+            [
+                sum(float(x.main) for x in losses),
+                sum(float(x.balance) for x in losses),
+                *(sum(float(x.mtp[k]) for x in losses) for k in range(len(losses[0].mtp))),
+            ]
+        )
+        main, balance, *mtp = (sum(column) for column in zip(*rows))
+        metrics: dict[str, Any] = {"mtp_loss": mtp, "balance_loss": balance, "mtp_weight": mtp_weight}
+        broken = [rank for rank, row in enumerate(rows) if not all(map(math.isfinite, row))]
+        if broken and len(rows) > 1:
+            metrics["ranks_not_finite"] = broken
+        return Accumulated(main, sequences * self.length, metrics)

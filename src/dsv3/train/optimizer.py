@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dsv3.common.errors import UserError
 from dsv3.config.train import OptimizerSection
+from dsv3.parallel.weights import Weights
+from dsv3.parallel.world import World
 
 
 class AdamWBF16Moments(torch.optim.Optimizer):
@@ -44,8 +46,10 @@ class AdamWBF16Moments(torch.optim.Optimizer):
                 parameter.addcdiv_(first, scale, value=-group["lr"] / (1 - beta1**count))
 
 
-def build(model: nn.Module, options: OptimizerSection, precision: str = "fp32") -> torch.optim.Optimizer:
-    """AdamW over ``model``: matrices decay, norms' gains (one dimension) do not."""
+def build(
+    model: nn.Module | Weights, options: OptimizerSection, precision: str = "fp32"
+) -> torch.optim.Optimizer:
+    """AdamW over a model, or what of it this rank updates: matrices decay, gains (one dimension) do not."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     gains = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
@@ -59,19 +63,19 @@ def build(model: nn.Module, options: OptimizerSection, precision: str = "fp32") 
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
-    """Scale all gradients so that their global norm is at most ``limit``; returns the norm before.
+def clip_gradients(weights: Weights, limit: float, world: World | None = None) -> float:
+    """Scale all gradients so that their norm over ``world`` is at most ``limit``; returns the norm before.
 
     A norm that is not finite is returned and nothing is scaled: the caller skips the step.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
+    norm = (world or World()).norm(weights.pieces.values())
+    gradients = [p.grad for p in weights.parameters() if p.grad is not None]
     if limit < norm < float("inf"):
         torch._foreach_mul_(gradients, limit / (norm + 1e-6))
     return norm
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module | Weights) -> dict[str, Tensor]:
     """Moments and step counts by parameter name, ``exp_avg/NAME`` and so on, for a checkpoint."""
     return {
         f"{kind}/{name}": value
@@ -81,7 +85,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
 
 
 def load_state_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module | Weights, tensors: dict[str, Tensor]
 ) -> None:
     """Put back what :func:`state_tensors` gave; refuses a checkpoint with another dtype of moments."""
     for name, parameter in model.named_parameters():

@@ -17,10 +17,13 @@ from dsv3.config import recipe as recipes
 
 
 class RunFolder:
-    """Where a run writes. Lines are flushed as they are written: a killed run loses at most the last one."""
+    """Where a run writes. Lines are flushed as they are written: a killed run loses at most the last one.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    Of several processes the first ``writes``; to the others the methods do nothing but check.
+    """
+
+    def __init__(self, path: str | Path, writes: bool = True):
+        self.path, self.writes = Path(path), writes
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
         self.progress: Progress | None = None
@@ -31,6 +34,8 @@ class RunFolder:
             raise UserError(
                 f"out ({self.path}) already holds a run: go on with --resume auto, or choose another --out"
             )
+        if not self.writes:
+            return
         for folder in (self.path, self.checkpoints, self.plots):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -42,11 +47,13 @@ class RunFolder:
         """Drop the lines written after ``step``: the run goes on from there."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.path / name
-            if path.exists():
+            if self.writes and path.exists():
                 kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
                 write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def _append(self, name: str, text: str) -> None:
+        if not self.writes:
+            return
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -60,6 +67,8 @@ class RunFolder:
 
     def log(self, text: str) -> None:
         """A line for people: ``log.txt``, and above the progress bar."""
+        if not self.writes:
+            return
         stamp = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
         self._append("log.txt", f"{stamp}  {text}")
         if self.progress is not None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from dsv3.checkpoint import distributed
 from dsv3.checkpoint import run as checkpoints
 from dsv3.checkpoint.hf import save
-from dsv3.checkpoint.weights import Weights
+from dsv3.checkpoint.weights import Weights as Files
 from dsv3.common.errors import UserError
 from dsv3.common.files import TEMPORARY
+from dsv3.config.parallel import ParallelSection
 from dsv3.config.train import TrainRecipe
 from dsv3.model import DeepSeekV3
+from dsv3.parallel.weights import Weights
+from dsv3.parallel.world import World
 from dsv3.quant import fp8
 from dsv3.train import recompute
 from dsv3.train.callbacks.checkpoints import Checkpoints, resume
@@ -46,7 +51,7 @@ def make_model(recipe: TrainRecipe, device: torch.device) -> DeepSeekV3:
     with torch.device(device):
         model = DeepSeekV3(recipe.model, seed=recipe.seed)
     if recipe.start is not None:
-        with Weights(recipe.start) as weights:
+        with Files(recipe.start) as weights:
             weights.fill(model)
     if recipe.precision == "bf16" or (recipe.precision == "fp8" and device.type != "cpu"):
         model.model.embed_tokens.compute_dtype = torch.bfloat16
@@ -64,31 +69,43 @@ def check_start(recipe: TrainRecipe) -> None:
     if recipe.start is not None:
         with torch.device("meta"):
             model = DeepSeekV3(recipe.model)
-        with Weights(recipe.start) as weights:
+        with Files(recipe.start) as weights:
             weights.check(model)
 
 
-def open_run(recipe: TrainRecipe, resume_from: str | None) -> tuple[RunFolder, Path | None]:
+def open_run(
+    recipe: TrainRecipe, resume_from: str | None, world: World | None = None
+) -> tuple[RunFolder, Path | None]:
     """The run's folder, and the checkpoint to go on from.
+
+    ``world``: the processes of a stage that knows how to be many (:func:`dsv3.parallel.world.enter`).
 
     ``resume_from``: None starts anew (and refuses a folder that holds a run), ``auto`` goes on from the
     newest whole checkpoint of the run folder if there is one, a path from that checkpoint. Call it when
     everything else of the recipe has been checked: it writes the folder.
     """
+    if world is None and (recipe.parallel != ParallelSection() or "WORLD_SIZE" in os.environ):
+        raise UserError(f"dsv3 {recipe.stage} runs in one process: leave parallel and torchrun away")
+    world = world or World()
     if resume_from not in (None, "auto"):
         if not Path(str(resume_from)).is_dir():
             raise UserError(
                 f"--resume ({resume_from}) is no checkpoint's folder; use auto or OUT/checkpoints/step-..."
             )
         checkpoints.verify(str(resume_from))  # before anything is written
-    run = RunFolder(recipe.out)
+    run = RunFolder(recipe.out, writes=world.is_first)
     run.begin(recipe, resume=resume_from is not None)
+    world.barrier()
     if resume_from != "auto":
         return run, None if resume_from is None else Path(resume_from)
-    found, messages = checkpoints.latest(run.checkpoints)
-    for message in messages:
-        run.log(f"{message}; the checkpoint before it is used")
-    return run, found
+    step = -1
+    if world.is_first:  # it reads every file; the others take its word
+        found, messages = checkpoints.latest(run.checkpoints)
+        for message in messages:
+            run.log(f"{message}; the checkpoint before it is used")
+        step = -1 if found is None else int(found.name.removeprefix("step-"))
+    step = int(world.gather([step])[0][0])
+    return run, None if step < 0 else checkpoints.step_folder(run.checkpoints, step)
 
 
 def train_stage(
@@ -99,6 +116,7 @@ def train_stage(
     checkpoint: Path | None,
     files: Sequence[Path],
     callbacks: Sequence[Callback] = (),
+    world: World | None = None,
 ) -> Path | None:
     """Train ``model`` to the objective's end and export ``OUT/model``.
 
@@ -107,12 +125,16 @@ def train_stage(
     ``files`` are the tokenizer's, kept beside the weights. ``callbacks`` are the stage's own, beside those of
     every stage (the objective too, if it is one). Raises :class:`TrainingFailed` if the run cannot go on.
     """
+    world = world or World()
     ema = EMA(recipe.ema.decay) if recipe.ema.decay else None
+    first = [Metrics(run), Watch(run)] if world.is_first else []
     everyone = [
-        Metrics(run), Watch(run), *callbacks, *([ema] if ema is not None else []),
-        Checkpoints(run, list(files)), Plots(run),
+        *first, *callbacks, *([ema] if ema is not None else []), Checkpoints(run, list(files)),
+        *([Plots(run)] if world.is_first else []),
     ]  # fmt: skip
-    trainer = Trainer(recipe, model, objective, build(model, recipe.optimizer, recipe.precision), everyone)
+    weights, _ = world.spread(model, fp8=recipe.precision == "fp8")
+    optimizer = build(weights, recipe.optimizer, recipe.precision)
+    trainer = Trainer(recipe, model, objective, optimizer, everyone, world, weights)
     if checkpoint is not None:
         changed = resume(trainer, checkpoint)
         run.rewind(trainer.state.step)
@@ -125,22 +147,38 @@ def train_stage(
     if trainer.stopping:
         run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")
         return None
-    export(model, run.path / "model", files)
+    export(model, run.path / "model", files, world, weights)
     run.log(f"finished after {trainer.state.step} steps; the model is in {run.path / 'model'}")
     if ema is not None:
-        ema.load_into(model)
-        export(model, run.path / "model-ema", files)
+        ema.load_into(weights)
+        export(model, run.path / "model-ema", files, world, weights)
         run.log(f"the moving average of its weights is in {run.path / 'model-ema'}")
     return run.path
 
 
-def export(model: DeepSeekV3, target: Path, files: Sequence[Path]) -> None:
-    """A Hugging Face folder of the finished model; one of a shorter run before gives way to it."""
+def export(
+    model: DeepSeekV3,
+    target: Path,
+    files: Sequence[Path],
+    world: World | None = None,
+    weights: Weights | None = None,
+) -> None:
+    """A Hugging Face folder of the finished model; one of a shorter run before gives way to it.
+
+    Of many processes each writes a file: what it was dealt of the experts, and a share of the rest.
+    """
+    world = world or World()
     fresh, old = (target.with_name(f"{TEMPORARY}{kind}-{target.name}") for kind in ("new", "old"))
-    for left in (fresh, old):
-        shutil.rmtree(left, ignore_errors=True)
-    save(model, fresh, tokenizer_files=files)
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    if world.is_first:
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+    if world.beside is None or weights is None:
+        save(model, fresh, tokenizer_files=files)
+    else:
+        distributed.export(fresh, world.share(model, weights), model.config, world.beside, files)
+    if world.is_first:
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    world.barrier()

@@ -19,6 +19,8 @@ from torch import Tensor
 from dsv3.common.errors import Failure
 from dsv3.config.train import TrainRecipe
 from dsv3.model import DeepSeekV3
+from dsv3.parallel.weights import Weights
+from dsv3.parallel.world import World
 from dsv3.train.balance import Balancer, max_violation
 from dsv3.train.optimizer import clip_gradients
 from dsv3.train.schedules import Extent, Schedules
@@ -102,14 +104,16 @@ class Trainer:
     objective: Objective
     optimizer: torch.optim.Optimizer
     callbacks: Sequence[Callback] = ()
+    world: World = field(default_factory=World)
+    weights: Weights = None  # type: ignore[assignment]  # the whole model's, unless a layout cuts them
     state: Progressed = field(default_factory=Progressed)
     stopping: str | None = None  # name of the signal that asked to stop
 
     def __post_init__(self) -> None:
+        self.weights = self.weights or Weights(self.model)
         self.schedules = Schedules(self.recipe, self.objective.extent)
-        self.balancer = Balancer(self.model.moe_layers())
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.device = self.model.lm_head.weight.device
+        self.balancer = Balancer(self.model.moe_layers(), self.world)
+        self.device = self.weights.parameters()[0].device
 
     @property
     def seen(self) -> int:
@@ -130,7 +134,7 @@ class Trainer:
             self.model.train()
             for callback in self.callbacks:
                 callback.on_start(self)
-            while not self.finished and self.stopping is None:
+            while not self.finished and not self._asked_to_stop():
                 report = self.step()
                 for callback in self.callbacks:
                     callback.on_step(self, report)
@@ -139,6 +143,13 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any rank was: all stop after the same step."""
+        asked = any(row[0] for row in self.world.gather([self.stopping is not None]))
+        if asked and self.stopping is None:
+            self.stopping = "a signal to another rank"
+        return asked
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopping = signal.Signals(number).name
@@ -152,7 +163,9 @@ class Trainer:
         learning_rate, gamma = self.schedules.learning_rate(seen), self.schedules.gamma(seen)
 
         done = self.objective.accumulate(self, sequences)
-        norm = clip_gradients(self.parameters, self.recipe.optimizer.clip)
+        self.weights.collect()
+        norm = clip_gradients(self.weights, self.recipe.optimizer.clip, self.world)
+        self.balancer.gather()
         finite = math.isfinite(done.loss) and math.isfinite(norm)
         for callback in self.callbacks:
             callback.before_update(self)
@@ -160,12 +173,13 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
+            self.weights.publish()
             self.balancer.update(gamma)
             state.skipped_in_row = 0
         else:
             state.skipped += 1
             state.skipped_in_row += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.weights.clear()
         loads = self.balancer.take()
         state.step += 1
         state.samples += sequences

@@ -11,14 +11,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from dsv3.model import DeepSeekV3
+from dsv3.parallel.weights import Weights
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
 PREFIX = "ema/"
 
 
 class EMA(Callback):
-    """``average = decay * average + (1 - decay) * weights`` after every optimizer step."""
+    """``average = decay * average + (1 - decay) * weights`` after every optimizer step.
+
+    Of what this rank updates: the average is cut as the optimizer's state is.
+    """
 
     def __init__(self, decay: float):
         self.decay = decay
@@ -29,7 +32,7 @@ class EMA(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Begin with the weights as they are, unless the run was resumed."""
         if not self.average:
-            self.average = {n: p.detach().cpu().clone() for n, p in trainer.model.named_parameters()}
+            self.average = {n: p.detach().cpu().clone() for n, p in trainer.weights.named_parameters()}
 
     def before_update(self, trainer: Trainer) -> None:
         """Wait: the weights are about to change."""
@@ -43,8 +46,8 @@ class EMA(Callback):
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Start the update."""
-        weights = dict(trainer.model.named_parameters())
-        self.pending = self.pool.submit(self._update, {n: p.detach() for n, p in weights.items()})
+        weights = {name: p.detach() for name, p in trainer.weights.named_parameters()}
+        self.pending = self.pool.submit(self._update, weights)
 
     @torch.no_grad()
     def _update(self, weights: dict[str, Tensor]) -> None:
@@ -62,11 +65,12 @@ class EMA(Callback):
         self.average = {name: value.clone() for name, value in kept.items()}
 
     @torch.no_grad()
-    def load_into(self, model: DeepSeekV3) -> None:
+    def load_into(self, weights: Weights) -> None:
         """Put the average in place of the weights."""
         self.wait()
-        for name, parameter in model.named_parameters():
+        for name, parameter in weights.named_parameters():
             parameter.copy_(self.average[name])
+        weights.publish()
 
     def on_end(self, trainer: Trainer) -> None:
         """Finish the last update."""
