@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 failure, 2 bad input (one clear line, never a traceback
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -16,7 +17,9 @@ from dsv3.cli import (
     data,
     distill,
     evaluate,
+    extend,
     generate,
+    grpo,
     init,
     niah,
     plan,
@@ -39,9 +42,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(pretrain.app)
+app.add_typer(extend.app)
 app.add_typer(sft.app)
 app.add_typer(distill.app)
 app.add_typer(reward.app)
+app.add_typer(grpo.app)
 app.add_typer(generate.app)
 app.add_typer(chat.app)
 app.add_typer(serve.app)
@@ -61,7 +66,11 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"dsv3: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")  # of several processes that torchrun started
+        if rank in (None, "0") or error.exit_code == 1:  # bad input is the same for all of them
+            print(f"dsv3: {error}", file=sys.stderr, flush=True)
+        if rank is not None:  # not waiting for threads whose peers are gone
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("dsv3: interrupted", file=sys.stderr)
