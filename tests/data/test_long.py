@@ -47,7 +47,7 @@ def test_a_loader_draws_the_share_asked_for(tmp_path: Path) -> None:
         for i in range((size - extra) // length if size > extra else 0)
     }
     first = [tuple(row) for row in batch[(source == 0) & (epoch == 0)].tolist()]
-    assert len(first) == len(inside) == 10 and set(first) == inside
+    assert len(first) == len(inside) == 9 and set(first) == inside
     assert all(tuple(row) in inside for row in batch[source == 0].tolist())
     assert any(tuple(row) not in inside for row in batch[source == 1].tolist())
 

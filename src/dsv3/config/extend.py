@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 
 from dsv3.common.errors import UserError
-from dsv3.config.recipe import Recipe
+from dsv3.config.recipe import Recipe, validate
 from dsv3.config.train import PretrainRecipe
 
 
@@ -18,6 +18,11 @@ class Phase(PretrainRecipe):
 
     steps: int = Field(gt=0, description="optimizer steps (report 4.3: 1,000)")
     total_tokens: int = Field(0, description="follows from steps, batch.sequences and sequence_length")
+
+    @classmethod
+    def expand(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """As it is: a phase's model is whole, and ``start`` may not have been written yet."""
+        return tree
 
     @model_validator(mode="before")
     @classmethod
@@ -65,9 +70,9 @@ class ExtendRecipe(Recipe):
         whole: list[dict[str, Any]] = []
         for number, changes in enumerate(phases, start=1):
             phase = {**common, **changes}
-            for key in ("batch", "data", "optimizer", "model"):  # sections, changed key by key
-                if isinstance(common.get(key), dict) and isinstance(changes.get(key), dict):
-                    phase[key] = {**common[key], **changes[key]}
+            for key, value in changes.items():  # a section is changed key by key
+                if isinstance(value, dict) and isinstance(common.get(key), dict):
+                    phase[key] = {**common[key], **value}
             if not isinstance(phase.get("start"), str):
                 raise UserError("start is required: the Hugging Face folder of the model to extend")
             if number == 1:
@@ -77,7 +82,7 @@ class ExtendRecipe(Recipe):
                 phase["start"] = f"{whole[-1]['out']}/model"
             phase["out"] = f"{out}/phase-{number}"
             whole.append(phase)
-        return {"out": out, "phases": whole}
+        return {"out": out, "phases": [_phase(number, phase) for number, phase in enumerate(whole)]}
 
     @model_validator(mode="after")
     def _longer_and_longer(self) -> ExtendRecipe:
@@ -96,3 +101,10 @@ class ExtendRecipe(Recipe):
                 f"original_max_position_embeddings ({yarn.original_max_position_embeddings})"
             )
         return self
+
+
+def _phase(number: int, tree: dict[str, Any]) -> Phase:
+    try:
+        return validate(Phase, tree)
+    except UserError as error:
+        raise UserError(f"phases.{number}: {error}") from None
