@@ -77,9 +77,13 @@ def tokenizer() -> Tokenizer:
     return train(["some words to learn from, What is 1 + 2? and to say again"] * 9, 340)
 
 
+def parts(recipe: DistillRecipe) -> tuple[Any, ...]:
+    return recipe.expert, recipe.sampling, recipe.system, recipe.seed
+
+
 def engine_of(tokenizer: Tokenizer, recipe: DistillRecipe, max_batch: int) -> Engine:
     model = tiny_model(vocab_size=tokenizer.vocab_size)
-    return Engine(recipe, LLM(model, tokenizer=tokenizer, max_batch=max_batch, max_length=400))
+    return Engine(*parts(recipe), LLM(model, tokenizer=tokenizer, max_batch=max_batch, max_length=400))
 
 
 def test_an_engines_answers_depend_on_question_and_seed_alone(tokenizer: Tokenizer) -> None:
@@ -188,7 +192,7 @@ def serve() -> Iterator[Callable[..., Server]]:
 def endpoint(server: Server, samples: int = 2, **expert: Any) -> Endpoint:
     options = {"kind": "endpoint", "model": "m", "base_url": server.url, "retries": 0, "timeout": 5, **expert}
     sampling = {"samples": samples, "max_tokens": 9}
-    return Endpoint(recipe_of(expert=options, sampling=sampling, system="Think."))
+    return Endpoint(*parts(recipe_of(expert=options, sampling=sampling, system="Think.")))
 
 
 def by_id(expert: Endpoint, questions: list[Question]) -> dict[str, list[Answer]]:
@@ -318,4 +322,5 @@ def test_reasoning_beside_the_content_becomes_thoughts() -> None:
 def test_no_client_no_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsv3.evaluate.experts.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'dsv3\[distill\]'"):
-        Endpoint(recipe_of(expert={"kind": "endpoint", "model": "m", "base_url": "http://127.0.0.1:1/v1"}))
+        endpoint = {"kind": "endpoint", "model": "m", "base_url": "http://127.0.0.1:1/v1"}
+        Endpoint(*parts(recipe_of(expert=endpoint)))

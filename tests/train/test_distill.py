@@ -20,6 +20,7 @@ from dsv3.config.distill import DistillRecipe
 from dsv3.data.chat import render
 from dsv3.evaluate import tasks
 from dsv3.evaluate.experts import Answer, Question
+from dsv3.evaluate.judge import parse_score
 from dsv3.train.distill import distill, questions_of
 
 TASKS = [{"name": "sums", "difficulty": 2, "count": 12}, {"name": "reversing", "count": 8}]
@@ -94,6 +95,13 @@ def test_both_kinds_of_samples_and_pairs(tmp_path: Path) -> None:
         asked = pair["prompt"][-1]["content"]
         assert by_text[asked, pair["chosen"][0]["content"]]["score"] == 1
         assert by_text[asked, pair["rejected"][0]["content"]]["score"] == 0
+    judgements = lines(tmp_path / "judgements.jsonl")
+    assert report["judgements"] == len(judgements) > len(kept)
+    for line in judgements:
+        asked, said = (message["content"] for message in line["messages"])
+        answer = asked.partition("# Answer\n")[2]
+        scores = {a["score"] for a in attempts if a["id"] == line["id"] and a["response"].endswith(answer)}
+        assert scores == {parse_score(said)}
     assert (tmp_path / "plots/outcomes.png").stat().st_size > 1000
     assert (tmp_path / "plots/lengths.png").exists()
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -188,7 +196,7 @@ def test_a_solver_without_steps_is_refused(tmp_path: Path) -> None:
 
 
 def same(one: Path, other: Path) -> bool:
-    names = ("samples.jsonl", "pairs.jsonl", "report.json")
+    names = ("samples.jsonl", "pairs.jsonl", "judgements.jsonl", "report.json")
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 

@@ -64,7 +64,8 @@ def _show(report: dict[str, Any], out: str) -> None:
     typer.echo(f"every attempt: {out}/attempts.jsonl   plots: {out}/plots")
     typer.echo(f"samples: {out}/samples.jsonl ({report['samples']})")
     typer.echo(f"pairs: {out}/pairs.jsonl ({report['pairs']})")
+    typer.echo(f"judgements: {out}/judgements.jsonl ({report['judgements']})")
     if report["kept"]:
-        typer.echo(f"next: dsv3 sft with {out}/samples.jsonl as its data")
+        typer.echo(f"next: dsv3 sft recipes/sft-tiny.yaml --data.train '[{out}/samples.jsonl]'")
     else:
         typer.echo("nothing was kept: look at the attempts, and try easier prompts or another expert")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv3.common.errors import Failure, UserError
-from dsv3.config.distill import DistillRecipe
+from dsv3.config.distill import ExpertSection, SamplingSection
 from dsv3.data.special import END_THINK, THINK
 from dsv3.evaluate.tasks import Solution
 from dsv3.evaluate.tasks.base import seeded
@@ -67,14 +67,13 @@ class Expert(Protocol):
     def answer(self, questions: Sequence[Question]) -> Answered: ...
 
 
-def open_expert(recipe: DistillRecipe) -> Expert:
-    """The expert of a recipe; raises :class:`UserError` for a model, a key or a package that is not there."""
-    options = recipe.expert
+def open_expert(options: ExpertSection, sampling: SamplingSection, system: str, seed: int) -> Expert:
+    """The expert of a recipe; raises :class:`UserError` for a model or a package that is not there."""
     if options.kind == "solver":
-        return Solver(recipe.sampling.samples, options.slips, recipe.seed)
+        return Solver(sampling.samples, options.slips, seed)
     if options.kind == "engine":
-        return Engine(recipe)
-    return Endpoint(recipe)
+        return Engine(options, sampling, system, seed)
+    return Endpoint(options, sampling, system, seed)
 
 
 class Solver:
@@ -125,11 +124,17 @@ def slipped(solution: Solution, seed: int) -> Solution:
 class Engine:
     """A model folder in this process, answering as many questions at once as ``concurrency`` allows."""
 
-    def __init__(self, recipe: DistillRecipe, llm: LLM | None = None):
+    def __init__(
+        self,
+        options: ExpertSection,
+        sampling: SamplingSection,
+        system: str,
+        seed: int,
+        llm: LLM | None = None,
+    ):
         from dsv3.data.tokenizer import Tokenizer
         from dsv3.serve.llm import LLM
 
-        options = recipe.expert
         if llm is None:
             assert options.model is not None
             llm = LLM(
@@ -140,8 +145,8 @@ class Engine:
                 max_batch=options.concurrency,
                 max_batch_tokens=max(512, options.concurrency * (1 + options.draft_tokens)),
             )
-        self.llm, self.system, self.sampling, self.seed = llm, recipe.system, recipe.sampling, recipe.seed
-        self.together = 1 + options.concurrency // recipe.sampling.samples  # one more than fits: no gaps
+        self.llm, self.system, self.sampling, self.seed = llm, system, sampling, seed
+        self.together = 1 + options.concurrency // sampling.samples  # one more than fits: no gaps
 
     def answer(self, questions: Sequence[Question]) -> Answered:
         """The engine is kept full: a new question enters as soon as another is answered."""
@@ -199,11 +204,10 @@ class Endpoint:
     and so do ``give_up`` failures in a row.
     """
 
-    def __init__(self, recipe: DistillRecipe):
+    def __init__(self, options: ExpertSection, sampling: SamplingSection, system: str, seed: int):
         if find_spec("openai") is None:
             raise UserError("expert.kind (endpoint) needs the client: pip install 'dsv3[distill]'")
-        self.options, self.sampling = recipe.expert, recipe.sampling
-        self.system, self.seed = recipe.system, recipe.seed
+        self.options, self.sampling, self.system, self.seed = options, sampling, system, seed
 
     def answer(self, questions: Sequence[Question]) -> Answered:
         """Raises :class:`Failure` where going on makes no sense; what was answered before is not lost."""

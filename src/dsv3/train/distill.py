@@ -2,7 +2,8 @@
 
 ``attempts.jsonl`` is the run's only state: all answers to a prompt are appended together, a line each, and
 are on the disk before the next. Whatever else the folder holds is made from it at the end: ``samples.jsonl``
-(what ``dsv3 sft`` takes), ``pairs.jsonl`` (what ``dsv3 reward`` takes), ``report.json`` and plots.
+(what ``dsv3 sft`` takes), ``pairs.jsonl`` (what ``dsv3 reward`` takes), ``judgements.jsonl`` (what makes a
+judge of a model, by ``dsv3 sft``), ``report.json`` and plots.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from dsv3.config import recipe as recipes
 from dsv3.config.distill import DistillRecipe, PromptsSection, RejectionSection
 from dsv3.evaluate import tasks
 from dsv3.evaluate.experts import Answer, Expert, Question, Solver, open_expert
+from dsv3.evaluate.judge import judgement_prompt, written_judgement
 from dsv3.evaluate.rejection import ERROR, WRONG, judge, select
 from dsv3.evaluate.rewards import Rewards, boxed_reward, task_reward
+from dsv3.evaluate.verify import outside_thought
 from dsv3.train.distill_report import draw, summary
 
 Attempt = dict[str, Any]  # a line of attempts.jsonl
@@ -153,6 +156,28 @@ def pairs_of(question: Question, lines: Sequence[Attempt], system: str) -> Itera
         }
 
 
+def judgements_of(question: Question, lines: Sequence[Attempt]) -> Iterator[dict[str, Any]]:
+    """Judgements as a judge ought to write them: of each kept answer, and of as many different wrong ones."""
+    if question.solution is None or not question.solution.reasoning:
+        return
+    kept = [line for line in lines if line["dropped"] is None]
+    wrong = {outside_thought(line["response"]): line for line in lines if line["dropped"] == WRONG}
+    for line in [*kept, *list(wrong.values())[: len(kept)]]:
+        answer = outside_thought(line["response"])
+        yield {
+            "messages": [
+                {"role": "user", "content": judgement_prompt(question.prompt, answer)},
+                {
+                    "role": "assistant",
+                    "content": written_judgement(question.solution, answer, line["score"] or 0.0),
+                },
+            ],
+            "kind": "judgement",
+            "id": question.id,
+            "task": question.row.get("task"),
+        }
+
+
 def distill(recipe: DistillRecipe, resume: bool = False, expert: Expert | None = None) -> dict[str, Any]:
     """Ask, judge, write; returns what ``report.json`` holds.
 
@@ -172,7 +197,7 @@ def distill(recipe: DistillRecipe, resume: bool = False, expert: Expert | None =
                 f"expert.kind (solver) knows no steps for prompt {unsolved.id}; use engine or endpoint"
             )
     if left:
-        expert = expert or open_expert(recipe)
+        expert = expert or open_expert(recipe.expert, recipe.sampling, recipe.system, recipe.seed)
     try:
         (out / "plots").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,8 +232,15 @@ def _finish(
     pairs = [line for pair in ordered for line in pairs_of(*pair, recipe.system)]
     write_atomic(out / "samples.jsonl", "".join(map(_text, samples)))
     write_atomic(out / "pairs.jsonl", "".join(map(_text, pairs)))
+    judgements = [line for pair in ordered for line in judgements_of(*pair)]
+    write_atomic(out / "judgements.jsonl", "".join(map(_text, judgements)))
     attempts = [line for _, lines in ordered for line in lines]
-    report = {**summary(attempts), "samples": len(samples), "pairs": len(pairs)}
+    report = {
+        **summary(attempts),
+        "samples": len(samples),
+        "pairs": len(pairs),
+        "judgements": len(judgements),
+    }
     write_json(out / "report.json", report)
     draw(attempts, out / "plots")
     return report
