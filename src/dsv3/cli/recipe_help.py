@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, get_origin
@@ -64,6 +65,8 @@ def command(recipe_class: Callable[[], type[Recipe]]) -> type[typer.core.TyperCo
 def say_end(recipe: TrainRecipe, finished: bool, next_command: str) -> None:
     """The last words of a training verb: where things lie and what to do next, or how to go on."""
     out = recipe.out
+    if os.environ.get("RANK", "0") != "0":
+        return  # of several processes the first speaks
     if finished:
         typer.echo(f"plots: {out}/plots   metrics: {out}/metrics.jsonl   model: {out}/model")
         typer.echo(f"next: {next_command}")

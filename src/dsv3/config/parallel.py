@@ -27,10 +27,7 @@ class ParallelSection(Recipe):
         " and gradients (FSDP2)",
     )
     schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = Field(
-        "dualpipev", description="order of a pipeline's forward and backward chunks"
-    )
-    microbatches: int | None = Field(
-        None, gt=0, description="chunks a pipeline cuts a data rank's step into; null: one a micro batch"
+        "dualpipev", description="order of a pipeline's forward and backward passes"
     )
     timeout_seconds: float = Field(
         600.0,

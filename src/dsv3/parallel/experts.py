@@ -221,6 +221,8 @@ def apply(module: nn.Module, meshes: Meshes, node_size: int, fp8: bool = False) 
     for path, layer in module.named_modules():
         if not isinstance(layer, DecoderLayer) or not isinstance(layer.mlp, MoE):
             continue
+        if layer.mlp.gate.weight.is_meta:
+            continue  # another pipeline stage's
         experts = layer.mlp.gate.weight.shape[0]
         node_E = node_of_experts(experts, group, node_size).to(layer.mlp.gate.weight.device)
         share = experts // meshes.layout.expert

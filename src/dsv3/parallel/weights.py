@@ -23,6 +23,7 @@ from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import GroupedLinear
 from dsv3.model.moe import MoE
 from dsv3.model.mtp import MTPModule
+from dsv3.parallel.collectives import all_gather, reduce_scatter
 from dsv3.parallel.layout import Meshes
 
 BUCKET = 1 << 26  # numbers reduced at once: 256 MiB of FP32
@@ -57,15 +58,17 @@ class Piece:
 class Weights:
     """The weights of one process: every piece is a whole parameter.
 
-    To an optimizer it looks like a module of the pieces.
+    To an optimizer it looks like a module of the pieces. ``elsewhere``: parameters that another pipeline
+    stage has too, and saves.
     """
+
+    elsewhere: frozenset[str] | set[str] = frozenset()
 
     def __init__(self, model: nn.Module):
         self.model = model
         self.pieces = {
             name: Piece(p, p.shape)  # the parameter itself
-            for name, p in model.named_parameters()
-            if p.requires_grad
+            for name, p in trained(model)
         }
 
     def parameters(self) -> list[nn.Parameter]:
@@ -84,7 +87,7 @@ class Weights:
 
     def here(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter with all its rows (of the experts those this rank was dealt), one at a time."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in trained(self.model):
             tensor = parameter.detach()
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -92,6 +95,13 @@ class Weights:
         """Drop all gradients."""
         for parameter in (*self.model.parameters(), *self.parameters()):
             parameter.grad = None
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that are trained and here: a pipeline's other stages are on the meta device."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.is_meta:
+            yield name, parameter
 
 
 def expert_parameters(model: nn.Module) -> set[int]:
@@ -122,9 +132,7 @@ class ZeRO1(Weights):
         experts = expert_parameters(model)
         self.pieces = {}
         cuts: dict[bool, list[_Cut]] = {False: [], True: []}
-        for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
+        for name, p in trained(model):
             routed = id(p) in experts
             ranks, rank = self._shared(routed)
             rows = -(-p.shape[0] // ranks)
@@ -160,7 +168,7 @@ class ZeRO1(Weights):
                     everyone[rank, start : start + len(part)] = part
                 cut.whole.grad = None
             if ranks > 1:
-                dist.reduce_scatter_tensor(mine, everyone.view(-1), group=self._group(routed))
+                reduce_scatter(mine, everyone.view(-1), group=self._group(routed))
             else:
                 mine = everyone[0]
             if self.meshes.layout.replicate > 1:
@@ -180,7 +188,7 @@ class ZeRO1(Weights):
             for cut, start in zip(bucket, _starts(bucket)):
                 mine[start : start + cut.piece.local.numel()] = cut.piece.local.flatten()
             everyone = mine.new_empty(ranks, len(mine))
-            dist.all_gather_into_tensor(everyone.view(-1), mine, group=self._group(routed))
+            all_gather(everyone.view(-1), mine, group=self._group(routed))
             for cut, start in zip(bucket, _starts(bucket)):
                 flat = cut.whole.detach().view(-1)
                 for rank, part in enumerate(flat.split(cut.size)):
@@ -254,9 +262,7 @@ class FSDP(Weights):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         self.pieces, self.sharded = {}, {}
-        for name, p in model.named_parameters():
-            if not p.requires_grad:
-                continue
+        for name, p in trained(model):
             local = p.to_local() if isinstance(p, DTensor) else p
             self.pieces[name] = make_piece(local, shapes[name], name in experts, meshes)
             self.sharded[name] = p

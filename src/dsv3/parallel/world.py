@@ -20,8 +20,10 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import ParallelSection
 from dsv3.model import DeepSeekV3
 from dsv3.parallel import experts
+from dsv3.parallel.collectives import all_gather
 from dsv3.parallel.experts import Traffic
 from dsv3.parallel.layout import Layout, Meshes, make_meshes, resolve
+from dsv3.parallel.pipeline import Pipeline
 from dsv3.parallel.weights import FSDP, Piece, Weights, ZeRO1
 
 GRACE_SECONDS = 5.0  # for the other ranks to say that they are still there, after a collective failed
@@ -37,6 +39,7 @@ class World:
     layout: Layout = field(default_factory=Layout)
     meshes: Meshes | None = None
     zero: int = 1
+    schedule: str = "dualpipev"
     node_size: int = 1
     beside: dist.ProcessGroup | None = None
 
@@ -65,15 +68,37 @@ class World:
         """Shares a batch is cut into."""
         return self.layout.data
 
-    def spread(self, model: nn.Module, fp8: bool = False) -> tuple[Weights, dict[str, Traffic]]:
-        """Apply the layout to a model (or a stage of one): what of its weights this rank updates; traffic.
+    def cut(self, model: DeepSeekV3, length: int) -> Pipeline | None:
+        """This rank's stages of a pipeline, None without one; the model's other layers lose their memory.
+
+        ``length``: tokens of a sequence. Call it before :meth:`spread`.
+        """
+        if self.meshes is None or self.layout.pipeline == 1:
+            return None
+        pipeline = Pipeline(model, self.schedule, self.meshes.group("pipeline"), length)
+        kept = {id(p) for p in pipeline.part.parameters()}
+        for module in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
+            if not any(id(p) in kept for p in module.parameters()):
+                module.to("meta")
+        return pipeline
+
+    def spread(
+        self, model: DeepSeekV3, pipeline: Pipeline | None = None, fp8: bool = False
+    ) -> tuple[Weights, dict[str, Traffic]]:
+        """Apply the layout to a model, or to this rank's part of it: what of it this rank updates; traffic.
 
         ``fp8``: rows travel to experts in FP8 (:class:`dsv3.parallel.experts.ExpertParallel`).
         """
         if self.meshes is None:
             return Weights(model), {}
-        traffic = experts.apply(model, self.meshes, self.node_size, fp8)
-        return (ZeRO1 if self.zero == 1 else FSDP)(model, self.meshes), traffic
+        part: nn.Module = model if pipeline is None else pipeline.part
+        traffic = experts.apply(part, self.meshes, self.node_size, fp8)
+        weights = (ZeRO1 if self.zero == 1 else FSDP)(part, self.meshes)
+        for name in pipeline.repeated if pipeline is not None else ():
+            assert pipeline is not None
+            weights.pieces[name].copies *= 2
+            weights.elsewhere = set() if pipeline.part.begins else {name}
+        return weights, traffic
 
     def share(self, model: DeepSeekV3, weights: Weights) -> Iterator[tuple[str, Tensor]]:
         """What this rank writes of a whole model, by file names: every tensor is one rank's.
@@ -90,7 +115,7 @@ class World:
             else:
                 own, first = turn % self.data_size == self.data_rank, 0
                 turn += 1
-            if own:
+            if own and name not in weights.elsewhere:
                 for file_name, part in file_names(name, tensor, first, model.config):
                     yield file_name, part.to("cpu")
 
@@ -116,7 +141,7 @@ class World:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         everyone = mine.new_empty(self.size, len(mine))
-        dist.all_gather_into_tensor(everyone.view(-1), mine)
+        all_gather(everyone.view(-1), mine)
         return [[float(x) for x in row] for row in everyone.tolist()]
 
     def norm(self, pieces: Iterable[Piece]) -> float:
@@ -139,6 +164,13 @@ class World:
         """Wait for everybody."""
         self.add(torch.zeros((), device=self.device if self.meshes else None))
 
+    def lost(self, error: Exception) -> bool:
+        """Whether an error is a collective's: somebody is gone or late."""
+        signs = ("gloo", "NCCL", "Timed out", "Connection", "connection")
+        return self.meshes is not None and (
+            isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+        )
+
     def blame(self, error: Exception, doing: str) -> Failure:
         """After a collective failed: a :class:`Failure` that names the ranks that no longer answer.
 
@@ -155,10 +187,10 @@ class World:
                 time.sleep(0.05)
         reason = str(error).splitlines()[0]
         if not silent:
-            return Failure(f"a collective failed while {doing}, every rank answers: {reason}")
+            return Failure(f"a collective failed {doing}, every rank answers: {reason}")
         named = ", ".join(map(str, sorted(silent)))
         return Failure(
-            f"rank {named} does not answer while {doing} (seen from rank {self.rank}: {reason}); torchrun "
+            f"rank {named} does not answer {doing} (seen from rank {self.rank}: {reason}); torchrun "
             "--max-restarts N starts again, --resume auto goes on from the last checkpoint"
         )
 
@@ -175,9 +207,8 @@ def biases(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
             yield f"model.layers.{layer}.mlp.gate.e_score_correction_bias", moe.gate.e_score_correction_bias
 
 
-def local_device(name: str) -> torch.device:
-    """This process's device of a kind: of several GPUs the one torchrun's LOCAL_RANK says."""
-    device = torch.device(name)
+def local_device(device: torch.device) -> torch.device:
+    """This process's own: of several GPUs the one torchrun's LOCAL_RANK says."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -203,7 +234,8 @@ def enter(section: ParallelSection, config: ModelConfig, device: torch.device) -
         dist.init_process_group(backend, timeout=timedelta(seconds=section.timeout_seconds))
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     meshes = make_meshes(layout, device.type)
-    return World(layout, meshes, section.zero, node_size, beside=dist.new_group(backend="gloo"))
+    beside = dist.new_group(backend="gloo", timeout=timedelta(seconds=section.timeout_seconds))
+    return World(layout, meshes, section.zero, section.schedule, node_size, beside)
 
 
 __all__ = ["Piece", "World", "biases", "enter", "local_device"]

@@ -38,6 +38,8 @@ class Balancer:
     def update(self, gamma: float) -> None:
         """``b_i += gamma * sign(mean load - load_i)`` from the load of the whole global batch."""
         for layer, load_E in self.load.items():
+            if self.layers[layer].gate.e_score_correction_bias.is_meta:
+                continue  # another pipeline stage's
             error_E = load_E.float().mean() - load_E.float()
             self.layers[layer].gate.e_score_correction_bias.add_(error_E.sign(), alpha=gamma)
 

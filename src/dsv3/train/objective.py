@@ -71,14 +71,16 @@ class LanguageModelling:
         depths = 1 + len(trainer.model.mtp_modules)
         counts = [sum(int((labels(b, self.length, k) >= 0).sum()) for b in batches) for k in range(depths)]
         share = Share(world.add_data(torch.tensor(counts)).tolist(), sequences)
+        batches = [batch.to(trainer.device) for batch in batches]
         losses = []
-        for batch in batches:
-            loss, parts = language_loss(
-                trainer.model, batch.to(trainer.device), self.length, share, mtp_weight
-            )
+        if trainer.pipeline is not None:
+            losses.append(trainer.pipeline.accumulate(batches, share, mtp_weight))
+        for batch in batches if trainer.pipeline is None else ():
+            loss, parts = language_loss(trainer.model, batch, self.length, share, mtp_weight)
             loss.backward()
-            trainer.balancer.add(parts.router)
             losses.append(parts)
+        for parts in losses:
+            trainer.balancer.add(parts.router)
         rows = world.gather(
             [
                 sum(float(x.main) for x in losses),

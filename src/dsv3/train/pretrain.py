@@ -12,20 +12,25 @@ from dsv3.data.loader import TokenLoader
 from dsv3.data.long import mix
 from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.parallel.world import enter, local_device
 from dsv3.train.callbacks.validation import Samples, Validation
 from dsv3.train.objective import LanguageModelling
-from dsv3.train.stage import check_start, choose_device, make_model, open_run, train_stage
+from dsv3.train.stage import check_shares, check_start, choose_device, make_model, open_run, train_stage
+from dsv3.train.trainer import Callback
 
 
-def loaders(recipe: PretrainRecipe) -> tuple[TokenLoader, TokenLoader]:
-    """The recipe's training samples and its held-out ones; :class:`UserError` where there is too little."""
+def loaders(recipe: PretrainRecipe, rank: int = 0, world: int = 1) -> tuple[TokenLoader, TokenLoader]:
+    """The recipe's training samples and its held-out ones; :class:`UserError` where there is too little.
+
+    ``rank`` of ``world``: whose share of every training batch.
+    """
     train, valid = (
         [(shards, weight) for _, shards, weight in open_split(recipe.data.path, split)]
         for split in ("train", "valid")
     )
     length, extra = recipe.sequence_length, 1 + recipe.model.num_nextn_predict_layers
     mixed = mix(train, recipe.data.long_share, length, extra)
-    loader = TokenLoader(mixed, length, extra, recipe.seed, mask_documents=recipe.data.mask_documents)
+    loader = TokenLoader(mixed, length, extra, recipe.seed, rank, world, recipe.data.mask_documents)
     return loader, TokenLoader(valid, length, extra, seed=0)
 
 
@@ -35,19 +40,28 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
     ``resume_from``: see :func:`dsv3.train.stage.open_run`. Raises :class:`UserError` for bad input before
     anything is written, :class:`TrainingFailed` if the run cannot go on.
     """
-    device = choose_device(recipe.device)
+    device = local_device(choose_device(recipe.device))
     data = Path(recipe.data.path)
-    loader, held_out = loaders(recipe)
+    world = enter(recipe.parallel, recipe.model, device)
+    loader, held_out = loaders(recipe, world.data_rank, world.data_size)
     tokenizer = Tokenizer.load(data)
     check_vocabulary(recipe.model, tokenizer.vocab_size)
     sequences = min(recipe.validation.sequences, sum(held_out.samples))
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths).long()
     check_start(recipe)
+    objective = LanguageModelling(loader, recipe.sequence_length, recipe.total_tokens)
+    check_shares(recipe, objective.extent, world)
 
     files = tokenizer_files(data)
-    run, checkpoint = open_run(recipe, resume_from)
+    run, checkpoint = open_run(recipe, resume_from, world)
     model = make_model(recipe, device)
     validation = Validation(run, held_out.batch(0, sequences), byte_lengths, recipe.validation)
     samples = Samples(run, tokenizer, recipe.samples, tokenizer.encode)
-    objective = LanguageModelling(loader, recipe.sequence_length, recipe.total_tokens)
-    return train_stage(recipe, model, objective, run, checkpoint, files, [validation, samples])
+    callbacks: list[Callback] = [validation, samples]
+    if world.size > 1:  # all ranks would have to write the same text in step
+        callbacks.remove(samples)
+        run.log("many processes write no samples: dsv3 generate shows what the model can do")
+    if world.layout.pipeline > 1:
+        callbacks.remove(validation)
+        run.log("a pipeline reads no held-out text: dsv3 eval reads the finished model")
+    return train_stage(recipe, model, objective, run, checkpoint, files, callbacks, world)

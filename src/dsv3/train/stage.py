@@ -29,6 +29,7 @@ from dsv3.train.callbacks.plots import Plots
 from dsv3.train.callbacks.watch import Watch
 from dsv3.train.optimizer import build
 from dsv3.train.run import RunFolder
+from dsv3.train.schedules import Extent, Schedules
 from dsv3.train.trainer import Callback, Objective, Trainer
 
 
@@ -71,6 +72,24 @@ def check_start(recipe: TrainRecipe) -> None:
             model = DeepSeekV3(recipe.model)
         with Files(recipe.start) as weights:
             weights.check(model)
+
+
+def check_shares(recipe: TrainRecipe, extent: Extent, world: World) -> None:
+    """Refuse batches that the data ranks cannot share evenly."""
+    micro, ranks = recipe.batch.micro_sequences, world.data_size
+    if micro % ranks:
+        raise UserError(
+            f"batch.micro_sequences ({micro}) must be a multiple of the {ranks} data ranks, which share a "
+            f"forward and backward pass; try {-(-micro // ranks) * ranks}"
+        )
+    schedules, seen = Schedules(recipe, extent), 0
+    while seen < extent.total and (sequences := schedules.sequences(seen)) < micro:  # where a ramp begins
+        if sequences % ranks:
+            raise UserError(
+                f"schedule.batch begins with {sequences} sequences a step, which {ranks} data ranks cannot "
+                f"share; let it begin with {ranks} or more"
+            )
+        seen += sequences * extent.each
 
 
 def open_run(
@@ -132,9 +151,10 @@ def train_stage(
         *first, *callbacks, *([ema] if ema is not None else []), Checkpoints(run, list(files)),
         *([Plots(run)] if world.is_first else []),
     ]  # fmt: skip
-    weights, _ = world.spread(model, fp8=recipe.precision == "fp8")
+    pipeline = world.cut(model, recipe.sequence_length)
+    weights, _ = world.spread(model, pipeline, fp8=recipe.precision == "fp8")
     optimizer = build(weights, recipe.optimizer, recipe.precision)
-    trainer = Trainer(recipe, model, objective, optimizer, everyone, world, weights)
+    trainer = Trainer(recipe, model, objective, optimizer, everyone, world, weights, pipeline)
     if checkpoint is not None:
         changed = resume(trainer, checkpoint)
         run.rewind(trainer.state.step)

@@ -19,6 +19,7 @@ from torch import Tensor
 from dsv3.common.errors import Failure
 from dsv3.config.train import TrainRecipe
 from dsv3.model import DeepSeekV3
+from dsv3.parallel.pipeline import Pipeline
 from dsv3.parallel.weights import Weights
 from dsv3.parallel.world import World
 from dsv3.train.balance import Balancer, max_violation
@@ -106,6 +107,7 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     world: World = field(default_factory=World)
     weights: Weights = None  # type: ignore[assignment]  # the whole model's, unless a layout cuts them
+    pipeline: Pipeline | None = None
     state: Progressed = field(default_factory=Progressed)
     stopping: str | None = None  # name of the signal that asked to stop
 
@@ -140,6 +142,10 @@ class Trainer:
                     callback.on_step(self, report)
             for callback in self.callbacks:
                 callback.on_end(self)
+        except RuntimeError as error:
+            if not self.world.lost(error):
+                raise
+            raise self.world.blame(error, f"after step {self.state.step}") from error
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

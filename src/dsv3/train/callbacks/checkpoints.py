@@ -90,6 +90,8 @@ def staged(trainer: Trainer, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     weights = {f"weight/{name}": p for name, p in trainer.weights.named_parameters()}
     for key, tensor in {**weights, **tensors}.items():
+        if key.partition("/")[2] in trainer.weights.elsewhere:
+            continue
         copy = tensor.detach().to("cpu", copy=True)
         piece = pieces.get(key.partition("/")[2])
         found[key] = piece.distributed(copy) if piece is not None and copy.dim() else copy
