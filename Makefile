@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help quickstart test test-all lint format clean
+.PHONY: help quickstart test test-all lint docs format clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 16
@@ -38,6 +38,9 @@ lint: $(VENV)/ready         ## ruff, mypy, and DESIGN's floors
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/ready         ## the documentation as a site in build/site, readable without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 format: $(VENV)/ready       ## put the code into its form
 	$(BIN)/ruff check --fix --quiet src tests
