@@ -131,6 +131,32 @@ class ShownSection(Recipe):
     rows: int = Field(4, ge=0, description="completions shown; 0: no table")
 
 
+class AnswersSection(BatchSection):
+    """Answers a step."""
+
+    sequences: int = Field(128, gt=0, description="answers an optimizer step, whole groups")
+    micro_sequences: int = Field(32, gt=0, description="answers a forward and backward pass")
+
+
+class GentleOptimizerSection(OptimizerSection):
+    """AdamW with DeepSeekMath's learning rate, and no decay."""
+
+    lr: float = Field(1e-6, gt=0, description="peak learning rate; a tiny model's may be 300 times higher")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay, not on norms and biases")
+
+
+class StillBalanceSection(BalanceSection):
+    """The experts' biases stay as they are."""
+
+    gamma: float = Field(0.0, ge=0, description="must be 0: the experts' biases stay as they are")
+
+
+class StillMTPSection(MTPSection):
+    """The MTP module drafts and is not trained."""
+
+    weight: float = Field(0.0, ge=0, description="must be 0: the MTP module stays as it is")
+
+
 class GRPORecipe(TrainRecipe):
     """Everything a GRPO run needs to know."""
 
@@ -150,14 +176,10 @@ class GRPORecipe(TrainRecipe):
     policy: PolicySection = Field(PolicySection(), description="loss")
     evaluation: EvaluationSection = Field(EvaluationSection(), description="held-out accuracy")
     shown: ShownSection = Field(ShownSection(), description="table of completions")
-    batch: BatchSection = Field(
-        BatchSection(sequences=128, micro_sequences=32), description="answers an optimizer step"
-    )
-    optimizer: OptimizerSection = Field(OptimizerSection(lr=1e-6, weight_decay=0.0), description="optimizer")
-    balance: BalanceSection = Field(
-        BalanceSection(gamma=0.0), description="balancing: biases stay as they are"
-    )
-    mtp: MTPSection = Field(MTPSection(weight=0.0), description="the MTP module stays as it is")
+    batch: AnswersSection = Field(AnswersSection(), description="answers")
+    optimizer: GentleOptimizerSection = Field(GentleOptimizerSection(), description="optimizer")
+    balance: StillBalanceSection = Field(StillBalanceSection(), description="balancing")
+    mtp: StillMTPSection = Field(StillMTPSection(), description="multi-token prediction")
 
     @property
     def rollout_prompts(self) -> int:
@@ -187,7 +209,7 @@ class GRPORecipe(TrainRecipe):
             raise ValueError("tasks and prompts.paths are empty; name at least one source of prompts")
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one function")
-        # Rows are padded and weights frozen beside the policy's: neither loads nor MTP losses would be right.
+        # Rows are padded, so loads would count padding; MTP's loss would pull at what the policy shares.
         if self.balance.gamma:
             raise ValueError(f"balance.gamma ({self.balance.gamma}) must be 0: GRPO leaves the biases alone")
         if self.mtp.weight:
