@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from dsv3.config.distill import TeacherSection
 from dsv3.config.recipe import Recipe
 from dsv3.config.train import (
     BalanceSection,
@@ -66,6 +67,7 @@ class SFTRecipe(TrainRecipe):
     )
     balance: BalanceSection = Field(BalanceSection(gamma=0.0), description="balancing")
     mtp: MTPSection = Field(MTPSection(weight=0.1), description="multi-token prediction")
+    teacher: TeacherSection = Field(TeacherSection(), description="distillation by logits")
     validation: ValidationSection = Field(ValidationSection(every=50), description="validation")
     samples: SamplesSection = Field(
         SamplesSection(prompts=("Hello!",), tokens=128), description="questions answered while training"

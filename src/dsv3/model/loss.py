@@ -28,12 +28,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Losses:
-    """One micro batch's part of the step's losses: detached scalars; and the routing statistics."""
+    """One micro batch's part of the step's losses: detached scalars; and the routing statistics.
+
+    ``divergence``: from a teacher, where there is one.
+    """
 
     main: Tensor
     mtp: list[Tensor]
     balance: Tensor
     router: dict[int, RouterStats]
+    divergence: Tensor | None = None
 
 
 def states_loss(

@@ -15,6 +15,7 @@ from dsv3.data.loader import Batch
 from dsv3.data.targets import labels, restarted_positions
 from dsv3.model import DeepSeekV3
 from dsv3.model.loss import Losses, Share, states_loss
+from dsv3.train.logits import Teacher
 from dsv3.train.schedules import Extent
 from dsv3.train.trainer import Accumulated, Trainer
 
@@ -27,12 +28,17 @@ class Loader(Protocol):
 
 
 def language_loss(
-    model: DeepSeekV3, batch: Batch, length: int, share: Share, mtp_weight: float
+    model: DeepSeekV3,
+    batch: Batch,
+    length: int,
+    share: Share,
+    mtp_weight: float,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, Losses]:
     """Loss of one micro batch (to be summed over the step's micro batches) and its parts.
 
     The batch holds ``length`` inputs a row and the tokens that follow, so that every position of every depth
-    has its target.
+    has its target. A ``teacher``'s divergence is one more part of the loss.
     """
     tokens_BX = batch.tokens_BT
     documents_BT = None if batch.documents_BT is None else batch.documents_BT[:, :length]
@@ -51,14 +57,21 @@ def language_loss(
     if balances:
         balance = torch.stack(balances).sum() * (tokens_BX.shape[0] / share.sequences)
         total = total + model.config.aux_loss_alpha * balance
-    return total, Losses(main, mtp, balance.detach(), router)
+    divergence = None
+    if teacher is not None:
+        divergence = teacher.divergence(
+            model, states[0], tokens_BX[:, :length], targets[0], positions, documents_BT
+        ) / max(1, share.tokens[0])
+        total = total + teacher.weight * divergence
+        divergence = divergence.detach()
+    return total, Losses(main, mtp, balance.detach(), router, divergence)
 
 
 class LanguageModelling:
     """Next token, MTP and balance losses over a loader's batches: pre-training, extension, SFT."""
 
-    def __init__(self, loader: Loader, length: int, total_tokens: int):
-        self.loader, self.length = loader, length
+    def __init__(self, loader: Loader, length: int, total_tokens: int, teacher: Teacher | None = None):
+        self.loader, self.length, self.teacher = loader, length, teacher
         self.extent = Extent("tokens", total_tokens, length)
 
     def accumulate(self, trainer: Trainer, sequences: int) -> Accumulated:
@@ -76,7 +89,7 @@ class LanguageModelling:
         if trainer.pipeline is not None:
             losses.append(trainer.pipeline.accumulate(batches, share, mtp_weight))
         for batch in batches if trainer.pipeline is None else ():
-            loss, parts = language_loss(trainer.model, batch, self.length, share, mtp_weight)
+            loss, parts = language_loss(trainer.model, batch, self.length, share, mtp_weight, self.teacher)
             loss.backward()
             losses.append(parts)
         for parts in losses:
@@ -90,6 +103,8 @@ class LanguageModelling:
         )
         main, balance, *mtp = (sum(column) for column in zip(*rows))
         metrics: dict[str, Any] = {"mtp_loss": mtp, "balance_loss": balance, "mtp_weight": mtp_weight}
+        if self.teacher is not None:
+            metrics["divergence"] = sum(float(x.divergence) for x in losses if x.divergence is not None)
         broken = [rank for rank, row in enumerate(rows) if not all(map(math.isfinite, row))]
         if broken and len(rows) > 1:
             metrics["ranks_not_finite"] = broken

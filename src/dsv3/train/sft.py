@@ -18,6 +18,7 @@ from dsv3.data.examples import Examples, gather
 from dsv3.data.packing import ExampleLoader
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.train.callbacks.validation import Samples, Validation
+from dsv3.train.logits import Teacher
 from dsv3.train.objective import LanguageModelling
 from dsv3.train.stage import check_start, choose_device, make_model, open_run, train_stage
 from dsv3.train.trainer import Callback, Trainer
@@ -37,6 +38,7 @@ def sft(recipe: SFTRecipe, resume_from: str | None = None) -> Path | None:
     loader = ExampleLoader(train, length, extra, recipe.epochs, recipe.seed, tokenizer.pad_id)
     valid = ExampleLoader(held_out, length, extra, pad_id=tokenizer.pad_id)
     files = tokenizer_files(Path(str(recipe.start)))
+    teacher = Teacher.load(recipe.teacher, tokenizer, recipe.model.vocab_size, device)
 
     run, checkpoint = open_run(recipe, resume_from)
     run.log(
@@ -57,7 +59,7 @@ def sft(recipe: SFTRecipe, resume_from: str | None = None) -> Path | None:
         ),
         Samples(run, tokenizer, recipe.samples, lambda text: question(tokenizer, text)),
     ]
-    objective = LanguageModelling(loader, length, len(loader) * length)
+    objective = LanguageModelling(loader, length, len(loader) * length, teacher)
     return train_stage(recipe, model, objective, run, checkpoint, files, callbacks)
 
 
