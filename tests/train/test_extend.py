@@ -127,3 +127,32 @@ def test_what_a_later_phase_lacks_is_said_before_the_first(
     with pytest.raises(UserError, match="shape"):
         extend(recipes.validate(ExtendRecipe, wrong))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 1.3)])
+def test_transformers_agrees_on_positions_past_the_original(
+    unbroken: Path, tmp_path: Path, weights: tuple[float, float]
+) -> None:
+    """By the files alone: 300 tokens where the model began with 16, with both of YaRN's scales at work."""
+    from transformers import AutoModelForCausalLM
+
+    model = dsv3.load(unbroken / "phase-2" / "model")
+    yarn = model.config.rope_scaling
+    assert yarn is not None
+    if weights != (1.0, 1.0):  # the report's are equal: cosines and sines are not scaled
+        changed = yarn.model_copy(update={"mscale": weights[0], "mscale_all_dim": weights[1]})
+        model = DeepSeekV3(model.config.model_copy(update={"rope_scaling": changed}))
+    torch.nn.init.normal_(model.model.embed_tokens.weight)  # so that attention is far from even
+    for layer in model.main_layers:
+        for matrix in (layer.self_attn.q_a_proj, layer.self_attn.kv_a_proj_with_mqa):
+            torch.nn.init.normal_(matrix.weight, std=0.5)
+    dsv3.save(model, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.randint(0, model.config.vocab_size, (1, 300))
+    with torch.no_grad():
+        ours, wanted = model(ids, mtp=False).logits_BTV, theirs(ids).logits
+        plain = DeepSeekV3(model.config.model_copy(update={"rope_scaling": None}))
+        plain.load_state_dict(model.state_dict())
+        without = plain(ids, mtp=False).logits_BTV
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    assert (without - wanted)[:, 16:].abs().max() > 100 * (ours - wanted).abs().max()
