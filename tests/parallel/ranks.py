@@ -24,22 +24,25 @@ def free_port() -> int:
 
 
 def run_ranks(world: int, function: str, argument: Any = None, timeout: float = 150) -> list[Any]:
-    """What ``module:function(argument)`` returned, by rank; fails with the output of all if one fails."""
+    """What ``module:function(argument)`` returned, by rank; fails with the output of all if one fails.
+
+    ``world`` 0: one process that knows of no others.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        common = {
-            **os.environ,
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1",
-        }
+        common = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if world:
+            common |= {
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+            }
         command = [sys.executable, "-m", "tests.parallel.ranks", function, json.dumps(argument), folder]
         processes, logs = [], []
-        for rank in range(world):
+        for rank in range(max(1, world)):
             log = open(Path(folder) / f"log-{rank}", "w+")  # noqa: SIM115
             logs.append(log)
-            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**common, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world else {})}
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
         try:
             failed = [process.wait(timeout) for process in processes]
@@ -54,7 +57,9 @@ def run_ranks(world: int, function: str, argument: Any = None, timeout: float = 
             raise AssertionError(text)
         for log in logs:
             log.close()
-        return [json.loads((Path(folder) / f"result-{rank}.json").read_text()) for rank in range(world)]
+        return [
+            json.loads((Path(folder) / f"result-{rank}.json").read_text()) for rank in range(max(1, world))
+        ]
 
 
 def main() -> None:
@@ -66,7 +71,7 @@ def main() -> None:
     function, argument, folder = sys.argv[1:]
     module, name = function.split(":")
     found = getattr(importlib.import_module(module), name)(json.loads(argument))
-    (Path(folder) / f"result-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (Path(folder) / f"result-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -40,7 +40,11 @@ MODEL = dict(
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Token shards of a few hundred small documents."""
-    folder = tmp_path_factory.mktemp("prepared")
+    return prepare_words(tmp_path_factory.mktemp("prepared"))
+
+
+def prepare_words(folder: Path) -> Path:
+    """The same below a folder of one's own."""
     random.seed(0)
     (folder / "text").mkdir()
     for number in range(300):

@@ -88,8 +88,7 @@ class Weights:
     def here(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter with all its rows (of the experts those this rank was dealt), one at a time."""
         for name, parameter in trained(self.model):
-            tensor = parameter.detach()
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, parameter.detach()
 
     def clear(self) -> None:
         """Drop all gradients."""
@@ -273,3 +272,15 @@ class FSDP(Weights):
         for name, piece in self.pieces.items():
             grad = self.sharded[name].grad
             piece.local.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+
+    def publish(self) -> None:
+        """See :class:`Weights`: what was gathered before, by a forward without a backward, is dropped."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def here(self) -> Iterator[tuple[str, Tensor]]:
+        """See :class:`Weights`."""
+        for name, parameter in self.sharded.items():
+            tensor = parameter.detach()
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
