@@ -9,12 +9,13 @@ BIN    := $(VENV)/bin
 help:            ## what there is to make
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 16
 
-# torch first and alone: a CPU machine then never draws CUDA packages through somebody's dependency.
+# torch first and alone: a CPU machine then never draws CUDA packages through somebody's dependency. The list is
+# whole, so nothing is resolved: what only lm-eval's own tasks need (source packages) stays out.
 $(VENV)/ready: pyproject.toml requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dsv3 needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
