@@ -112,7 +112,9 @@ class PromptsSection(Recipe):
 class RewardSection(Recipe):
     """A reward function with its weight."""
 
-    function: str = Field(description="task, boxed, format, overlong, or FILE.py:NAME (TRL's signature)")
+    function: str = Field(
+        description="task, boxed, format, overlong; model:FOLDER (dsv3 reward's), judge:FOLDER; FILE.py:NAME"
+    )
     weight: float = Field(1.0, description="weight in the sum of those that apply")
     style: Literal["trl", "verl"] = Field("trl", description="signature of a function of yours")
 

@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+import dsv3
+from dsv3.checkpoint.hf import tokenizer_files
 from dsv3.common.errors import Failure, UserError
 from dsv3.config.grpo import GRPORecipe
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.evaluate.judge import Judge
+from dsv3.model.score import add_score
 from dsv3.train.grpo.completions import Completions
 from dsv3.train.grpo.objective import GRPO
 from dsv3.train.grpo.prompts import Prompts
@@ -43,7 +47,14 @@ def trainer_of(recipe: GRPORecipe, tokenizer: Tokenizer) -> Trainer:
     )
     reference = make_model(recipe, torch.device("cpu")) if recipe.policy.beta else None
     prompts = Prompts(recipe, tokenizer, recipe.sequence_length - options.max_tokens)
-    objective = GRPO(recipe, rollouts, prompts, resolve(recipe), Completions(run, recipe.shown), reference)
+    objective = GRPO(
+        recipe,
+        rollouts,
+        prompts,
+        resolve(recipe, torch.device("cpu")),
+        Completions(run, recipe.shown),
+        reference,
+    )
     optimizer = build(model, recipe.optimizer, recipe.precision)
     return Trainer(recipe, model, objective, optimizer, [objective])
 
@@ -159,10 +170,22 @@ def test_a_crash_in_a_reward_names_the_sample(
     assert {line["rewards"]["crashes"] for line in samples} == {None, 0.5}
 
 
+def test_models_are_rewards_too(make: Make, start: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "rm"
+    dsv3.save(add_score(dsv3.load(start)), folder, tokenizer_files=tokenizer_files(start))
+    rewards = [{"function": f"model:{folder}"}, {"function": "format", "weight": 0.1}]
+    trainer = trainer_of(make(rewards=rewards, steps=1, tasks=[{"name": "sums"}]), tokenizer)
+    metrics = trainer.step().metrics
+    assert metrics["rewards/reward_model/std"] > 0
+    judge = resolve(make(rewards=[{"function": f"judge:{start}"}]), torch.device("cpu")).functions
+    assert isinstance(judge["judge"], Judge)
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rewards": [{"function": "tasks"}]}, r"rewards.function \(tasks\) is unknown \(did you mean task\?\)"),
     ({"rewards": [{"function": "nowhere.py:f"}]}, "nowhere.py does not exist"),
     ({"rewards": [{"function": "task"}, {"function": "task"}]}, "rewards name task twice"),
+    ({"rewards": [{"function": "model:nowhere"}]}, "nowhere folder does not exist"),
     ({"prompts": {"paths": ["nowhere.jsonl"]}}, "nowhere.jsonl does not exist"),
     ({"sequence_length": 15}, r"prompts.jsonl:2: the prompt has \d+ tokens"),
     ({"tasks": [{"name": "sum"}]}, r"task \(sum\) is unknown \(did you mean sums\?\)"),

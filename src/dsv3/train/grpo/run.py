@@ -30,7 +30,7 @@ def grpo(recipe: GRPORecipe, resume_from: str | None = None) -> Path | None:
     check_vocabulary(recipe.model, tokenizer.vocab_size)
     options = recipe.rollouts
     prompts = Prompts(recipe, tokenizer, recipe.sequence_length - options.max_tokens)
-    rewards = resolve(recipe)
+    rewards = resolve(recipe, device)
     check_start(recipe)
 
     run, checkpoint = open_run(recipe, resume_from)
