@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dsv3.common.errors import UserError
 from dsv3.config import recipe as recipes
+from dsv3.config.data import DataRecipe
 from dsv3.config.extend import ExtendRecipe
 from dsv3.config.model import ModelConfig
+from dsv3.config.train import PretrainRecipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -103,3 +106,20 @@ def test_phases_must_grow(start: str) -> None:
     del phases[0]["steps"]
     with pytest.raises(UserError, match="steps"):
         recipes.validate(ExtendRecipe, tree(start, phases=phases))
+
+
+@pytest.mark.parametrize("name", ["needle-extend", "extend-tiny"])
+def test_the_other_recipes_are_sound(start: str, name: str) -> None:
+    recipe = recipes.load(ExtendRecipe, RECIPES / f"{name}.yaml", ["--start", start])
+    assert [phase.sequence_length for phase in recipe.phases] == [2048, 8192]
+
+
+def test_the_needle_recipes_fit_one_another() -> None:
+    short, long = (recipes.load(DataRecipe, RECIPES / f"needle-data{end}.yaml") for end in ("", "-long"))
+    train = recipes.load(PretrainRecipe, RECIPES / "needle-tiny.yaml")
+    assert long.tokenizer.path == short.out == train.data.path
+    tree = yaml.safe_load((RECIPES / "needle-extend.yaml").read_text())
+    assert tree["start"] == f"{train.out}/model" and tree["data"]["path"] == long.out
+    yarn = tree["model"]["rope_scaling"]
+    assert yarn["original_max_position_embeddings"] == train.sequence_length
+    assert train.model.rope_theta * 16 == ModelConfig.preset("v3-671b").rope_theta

@@ -37,7 +37,7 @@ def niah(
     from dsv3.evaluate.needle_plot import draw
 
     places = tuple(round(i / max(1, depths - 1), 4) for i in range(depths))
-    grid = Grid(_lengths(lengths), places, samples, distractors, seed)
+    grid = Grid(tokens(lengths), places, samples, distractors, seed)
     names = _names(folders)
     if not out.is_dir():
         try:
@@ -58,13 +58,13 @@ def niah(
         typer.echo(json.dumps(plain, indent=2))
         return
     for name, (counts, _, share) in tables.items():
-        found = ", ".join(f"{tokens}: {found:.0%}" for tokens, found in zip(counts, share.mean(axis=0)))
+        found = ", ".join(f"{count}: {mean:.0%}" for count, mean in zip(counts, share.mean(axis=0)))
         typer.echo(f"{name}: {found}")
     typer.echo(f"answers: {out}/*.json   heat map: {out}/heat_map.png")
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    """``"256,2K"`` as numbers."""
+def tokens(text: str) -> tuple[int, ...]:
+    """``"256,2K"`` as numbers of tokens."""
     from dsv3.common.errors import UserError
 
     found = []
