@@ -27,6 +27,7 @@ def ours(job: dict[str, Any]) -> Step:
     from dsv3.data.loader import Batch
     from dsv3.model import DeepSeekV3
     from dsv3.parallel.weights import Weights
+    from dsv3.train import recompute
     from dsv3.train.objective import Share, language_loss
     from dsv3.train.optimizer import build, clip_gradients
 
@@ -34,6 +35,7 @@ def ours(job: dict[str, Any]) -> Step:
         model = DeepSeekV3(validate(ModelConfig, job["model"]))
     if job["precision"] == "bf16":
         model.model.embed_tokens.compute_dtype = torch.bfloat16
+    recompute.apply(model, job.get("recompute", "none"))
     if job["peer"].endswith(":compile"):
         for layer in model.model.layers:
             layer.compile()
