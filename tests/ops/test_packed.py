@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv3.ops import packed
+from dsv3.ops import native, packed
 from dsv3.ops.blocks import BLOCK, quantise
 from dsv3.ops.integers import quantise_int4, quantise_int8, rounded
 from dsv3.ops.native import decode
@@ -84,3 +86,39 @@ def test_what_is_not_finite_stays_so() -> None:
         spread = name == "fp8"  # a scale of all eight outputs
         found = packed.linear(torch.ones(1, 64), pack(w)).isnan()[0].tolist()
         assert found == [spread or i == 3 for i in range(8)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of x86-64")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell", "skylake-avx512"])
+def test_older_processors_have_the_same_sums(
+    processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [
+        (drawn(rows, inputs), KINDS[kind](drawn(40, inputs, seed=1)))
+        for kind in ("int8", "int4-32", "int4-128")
+        for rows, inputs in ((1, 300), (9, 128), (3, 40))
+    ]
+    wanted = [packed.linear(x, w) for x, w in cases]
+    flags = tuple(f"-march={processor}" if flag == "-march=native" else flag for flag in native.FLAGS)
+    monkeypatch.setattr(native, "FLAGS", flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        for cached in (native.library, decode._library):
+            cached.cache_clear()
+        found = [packed.linear(x, w) for x, w in cases]
+        assert list(tmp_path.glob("dsv3/decode-*.so"))
+    finally:
+        for cached in (native.library, decode._library):
+            cached.cache_clear()
+    for one, other in zip(found, wanted):  # whole sums are exact; a product and a sum may round as one or two
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-5)
+
+
+def test_a_tile_that_is_not_finite_shows() -> None:
+    x = drawn(3, 256)
+    x[1, 200], x[2, 3] = float("inf"), float("nan")
+    for kind in ("int8", "int4-32", "int4-128"):
+        found = packed.linear(x, KINDS[kind](drawn(20, 256, seed=1)))
+        assert found.isnan().all(dim=1).tolist() == [False, True, True]
+        assert bool(found[0].isfinite().all())

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "formats.h"
 #include "vectors.h"
 
 namespace dsv3 {
@@ -73,13 +74,14 @@ inline void round(const Row& x, int64_t begin, int64_t end) {
         const int64_t n = std::min(TILE, end - k);
         const float* in = x.numbers + k;
         int8_t* out = x.codes + k;
-        float amax = SMALLEST_AMAX, bad = 0;
-        for (int64_t i = 0; i < n; ++i) amax = std::max(amax, std::fabs(in[i]));
-        for (int64_t i = 0; i < n; ++i) bad += in[i] * 0.0f;  // NaN if one is not finite
-        const float inverse = 127.0f / amax;
-        for (int64_t i = 0; i < n; ++i) out[i] = bad == 0 ? int8_t(int32_t(std::rint(in[i] * inverse))) : 0;
-        std::fill(out + n, out + TILE, 0);
-        x.scales[k / TILE] = amax / 127.0f + bad;
+        uint32_t most = bits(SMALLEST_AMAX);  // as whole numbers magnitudes keep their order, and a NaN is the greatest
+        for (int64_t i = 0; i < n; ++i) most = std::max(most, bits(in[i]) & 0x7FFFFFFFu);
+        const float amax = number(most), inverse = 127.0f / amax;
+        const bool finite = most < 0x7F800000u;
+        x.scales[k / TILE] = finite ? amax / 127.0f : NAN;
+        std::fill(out + (finite ? n : 0), out + TILE, 0);
+        if (finite)
+            for (int64_t i = 0; i < n; ++i) out[i] = int8_t(int32_t(std::rint(in[i] * inverse)));
         for (int64_t i = 0; i < TILE; i += PIECE) {
             int32_t total = 0;
             for (int64_t j = i; j < i + PIECE; ++j) total += out[j];
