@@ -1,4 +1,4 @@
-"""``dsv3 sft`` as a user types it: what bears loss is shown, mistakes are one line, the recipe is the report's."""
+"""``dsv3 sft`` as a user types it: what bears loss is shown, mistakes are one line."""
 
 from __future__ import annotations
 
