@@ -106,7 +106,7 @@ def _biases(trainer: Trainer) -> dict[str, Tensor]:
 _MAY_CHANGE = {
     "out", "device", "compile", "recompute", "max_skipped", "checkpoint", "validation", "samples", "log",
     "total_tokens", "steps", "evaluation", "shown", "optimizer", "schedule", "balance", "mtp", "precision",
-    "fp8",
+    "fp8", "parallel",
 }  # fmt: skip
 
 
