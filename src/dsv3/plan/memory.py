@@ -269,7 +269,7 @@ def train_bytes(run: Run) -> dict[str, float]:
     sharded = (held_routed / (copies * expert_replicas) + (held_plain + end) / (copies * replicas)) * states
     width = 1 if run.precision == "fp8" else BF16_BYTES
     kept = _activations_held(layout, run)
-    per_layer = _activation_bytes(config, run.precision == "fp8") / layout.tensor
+    per_layer = activation_bytes(config, run.precision == "fp8") / layout.tensor
     layers = config.num_hidden_layers / layout.pipeline
     return {
         "weights": held_routed * width + held_plain * width + end * BF16_BYTES,
@@ -287,17 +287,18 @@ def _activations_held(layout: Layout, run: Run) -> float:
     return max(simulate(made, Times()).activations)
 
 
-def _activation_bytes(config: ModelConfig, fp8: bool) -> float:
-    """Bytes a token and MoE layer keeps for the backward, norms and up-projections made again (report 3.2.3).
+def activation_bytes(config: ModelConfig, fp8: bool, moe: bool = True) -> float:
+    """Bytes a token and layer keeps for the backward, norms and up-projections made again (report 3.2.3).
 
     Residual stream twice (BF16), MLA's latents, attention's output (for its own backward and o_proj's; in FP8
     training in E5M6, 12 bits), the dispatched inputs and the SwiGLU inputs of the K routed and the shared
-    experts (FP8 in FP8 training; the SwiGLU's output is made again).
+    experts (FP8 in FP8 training; the SwiGLU's output is made again); in a dense layer those of its MLP.
     """
     width = 1.0 if fp8 else 2.0
     latents = (config.q_lora_rank or 0) + config.kv_lora_rank + config.qk_rope_head_dim
     attended = config.num_attention_heads * config.v_head_dim
     visited = config.num_experts_per_tok + config.n_shared_experts
     experts = visited * 2 * config.moe_intermediate_size + config.num_experts_per_tok * config.hidden_size
+    mlp = experts if moe else 2 * config.intermediate_size + config.hidden_size
     attention = attended * (1.5 if fp8 else 2.0) + FP32 * config.num_attention_heads
-    return 2 * 2.0 * config.hidden_size + 2.0 * latents + attention + width * experts
+    return 2 * 2.0 * config.hidden_size + 2.0 * latents + attention + width * mlp

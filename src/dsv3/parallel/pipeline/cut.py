@@ -8,7 +8,7 @@ first and the last stage share rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 from torch import nn
@@ -59,30 +59,23 @@ def _layer_cost(layer: nn.Module, config: ModelConfig, length: int) -> int:
 
 
 def cut(cost: list[int], schedule: str, ranks: int) -> list[range]:
-    """The pieces of each stage: the slowest rank as fast as can be, and then the slowest stage.
+    """The pieces of each stage: the slowest rank (in a V) or stage as fast as can be.
 
-    Every stage has a piece at least. Raises :class:`UserError` when there are fewer pieces than stages.
+    In a V stages are then as equal as can be (least sum of squares), since a forward of one is overlapped
+    with a backward of the other. Every stage has a piece at least. Raises :class:`UserError` when there are
+    fewer pieces than stages.
     """
-    mine = [stages_of(schedule, rank, ranks) for rank in range(ranks)]
-    stages = sum(map(len, mine))
+    stages = sum(len(stages_of(schedule, rank, ranks)) for rank in range(ranks))
     if stages > len(cost):
         raise UserError(
             f"pipeline ({ranks}) with schedule {schedule} needs {stages} stages, the model has "
             f"{len(cost)} pieces (embedding, {len(cost) - 2} layers, end); use fewer ranks"
         )
     sums = [0, *accumulate(cost)]
-    v_shaped = schedule in V_SHAPED
-
-    def found(rank_bound: int, stage_bound: int) -> list[range] | None:
-        return (_fold if v_shaped else _line)(sums, stages, rank_bound, stage_bound)
-
-    total = sums[-1]
-    if v_shaped:
-        rank_bound = _least(total, lambda bound: found(bound, total) is not None)
-    else:
-        rank_bound = total
-    stage_bound = _least(total, lambda bound: found(rank_bound, bound) is not None)
-    ranges = found(rank_bound, stage_bound)
+    if schedule in V_SHAPED:
+        return _fold(sums, ranks, _least(sums[-1], lambda bound: _folds(sums, ranks, bound)))
+    bound = _least(sums[-1], lambda bound: _line(sums, stages, bound) is not None)
+    ranges = _line(sums, stages, bound)
     assert ranges is not None
     return ranges
 
@@ -99,66 +92,73 @@ def _least(highest: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
-def _line(sums: list[int], stages: int, rank_bound: int, stage_bound: int) -> list[range] | None:
-    """Stages one after the other, none above ``stage_bound``: each takes all it can, from the front."""
+def _line(sums: list[int], stages: int, bound: int) -> list[range] | None:
+    """Stages one after the other, none above ``bound``: each takes all it can, from the front."""
     pieces, first, ranges = len(sums) - 1, 0, []
     for stage in range(stages):
-        limit = pieces - (stages - 1 - stage)  # one piece at least for each that follows
-        last = _farthest(sums, first, limit, stage_bound)
-        if last <= first:
+        last, limit = first, pieces - (stages - 1 - stage)  # one piece at least for each that follows
+        while last < limit and sums[last + 1] - sums[first] <= bound:
+            last += 1
+        if last == first:
             return None
         ranges.append(range(first, last))
         first = last
     return ranges if first == pieces else None
 
 
-def _farthest(sums: list[int], first: int, limit: int, bound: int) -> int:
-    last = first
-    while last < limit and sums[last + 1] - sums[first] <= bound:
-        last += 1
-    return last
-
-
-def _fold(sums: list[int], stages: int, rank_bound: int, stage_bound: int) -> list[range] | None:
-    """Stages in a V, peeled off both ends: rank r takes pieces from the left and from the right.
+def _folds(sums: list[int], ranks: int, bound: int) -> bool:
+    """Whether a V with no rank above ``bound`` exists: rank r takes pieces from the left and from the right.
 
     For each number of pieces taken from the left only the most that can be taken from the right is followed:
     what is left over for the other ranks is then least.
     """
-    pieces, ranks = len(sums) - 1, stages // 2
-    best: list[dict[int, tuple[int, int]]] = [{0: (0, 0)}]  # left taken: (right taken, left taken before)
+    pieces = len(sums) - 1
+    best = {0: 0}  # left taken: right taken
     for rank in range(ranks):
         within = pieces - 2 * (ranks - 1 - rank)  # the ranks that follow keep a piece a stage
-        reached: dict[int, tuple[int, int]] = {}
-        for before, (right, _) in best[-1].items():
-            for left, taken in _choices(sums, before, right, within, rank_bound, stage_bound):
-                if taken > reached.get(left, (0, 0))[0]:
-                    reached[left] = (taken, before)
-        best.append(reached)
-    meets = [left for left, (right, _) in best[-1].items() if left + right == pieces]
-    if not meets:
-        return None
-    lefts = [meets[0]]
-    for reached in reversed(best[1:]):
-        lefts.append(reached[lefts[-1]][1])
-    lefts.reverse()
-    rights = [reached[left][0] for reached, left in zip(best, lefts)]
-    down = [range(a, b) for a, b in pairwise(lefts)]
-    up = [range(pieces - b, pieces - a) for a, b in pairwise(rights)]
-    return [*down, *reversed(up)]
+        reached: dict[int, int] = {}
+        for before, right in best.items():
+            most = within - before
+            for left in range(before + 1, within - right):
+                room = bound - (sums[left] - sums[before])
+                most = min(most, within - left)
+                while most > right and sums[pieces - right] - sums[pieces - most] > room:
+                    most -= 1
+                if most == right:
+                    break
+                reached[left] = max(most, reached.get(left, 0))
+        best = reached
+    return any(left + right == pieces for left, right in best.items())
 
 
-def _choices(
-    sums: list[int], left: int, right: int, within: int, rank_bound: int, stage_bound: int
-) -> Iterator[tuple[int, int]]:
-    """``(left taken, most right taken)`` after one more rank, a piece at least on both sides."""
+def _fold(sums: list[int], ranks: int, bound: int) -> list[range]:
+    """Of the Vs with no rank above ``bound`` the one with the least sum of squares of its stages."""
     pieces = len(sums) - 1
-    for until in range(left + 1, within - right):
-        down = sums[until] - sums[left]
-        if down > min(stage_bound, rank_bound):
-            return
-        most, bound = right, min(stage_bound, rank_bound - down)
-        while until + most < within and sums[pieces - right] - sums[pieces - most - 1] <= bound:
-            most += 1
-        if most > right:
-            yield until, most
+    start: tuple[int, tuple[int, int] | None] = (0, None)
+    best = [{(0, 0): start}]  # (left taken, right taken): (squares, taken before)
+    for rank in range(ranks):
+        within = pieces - 2 * (ranks - 1 - rank)
+        reached: dict[tuple[int, int], tuple[int, tuple[int, int] | None]] = {}
+        for (left, right), (squares, _) in best[-1].items():
+            for until in range(left + 1, within - right):
+                down = sums[until] - sums[left]
+                for most in range(right + 1, within - until + 1):
+                    up = sums[pieces - right] - sums[pieces - most]
+                    if down + up > bound:
+                        break
+                    found = squares + down**2 + up**2, (left, right)
+                    if (until, most) not in reached or found < reached[until, most]:
+                        reached[until, most] = found
+                if down > bound:
+                    break
+        best.append(reached)
+    state = min((found[0], at) for at, found in best[-1].items() if sum(at) == pieces)[1]
+    path = [state]
+    for reached in reversed(best[1:]):
+        before = reached[path[-1]][1]
+        assert before is not None
+        path.append(before)
+    path.reverse()
+    lefts = [range(a, b) for (a, _), (b, _) in pairwise(path)]
+    rights = [range(pieces - b, pieces - a) for (_, a), (_, b) in pairwise(path)]
+    return [*lefts, *reversed(rights)]

@@ -5,7 +5,6 @@ Shapes: B batch, T time, D hidden.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.pipelining.schedules import (
 from dsv3.common.errors import UserError
 from dsv3.data.loader import Batch
 from dsv3.model import DeepSeekV3
+from dsv3.model.linear import Embedding
 from dsv3.model.loss import Losses, Share
 from dsv3.parallel.pipeline import split
 from dsv3.parallel.pipeline.cut import V_SHAPED, costs, cut, stages_of
@@ -63,7 +63,7 @@ class Pipeline:
         pieces = [piece for stage in self.stages for piece in self.cut[stage]]
         ends = len(self.cut) - 1 in self.stages
         self._two_embeddings = self.depths > 0 and schedule not in V_SHAPED and self.ranks > 1
-        copied = copy.deepcopy(embedding) if ends and self._two_embeddings else None
+        copied = _copied(embedding) if ends and self._two_embeddings else None
         self.part = Part(model, pieces, copied)
         self.slices = [
             Slice(
@@ -157,3 +157,11 @@ class Pipeline:
             for work in dist.batch_isend_irecv(exchange):
                 work.wait()
             weight.grad += theirs
+
+
+def _copied(embedding: Embedding) -> Embedding:
+    with torch.device("meta"):
+        copied = Embedding(*embedding.weight.shape)
+    copied.weight = nn.Parameter(embedding.weight.detach().clone())
+    copied.compute_dtype = embedding.compute_dtype
+    return copied
