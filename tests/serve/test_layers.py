@@ -12,6 +12,7 @@ import torch
 from dsv3.checkpoint.hf import load, save
 from dsv3.model import DeepSeekV3
 from dsv3.model.linear import Linear
+from dsv3.model.moe import LocalDispatcher, Routing
 from dsv3.ops.native import decode
 from dsv3.quant.packed import Integers, PackedLinear, pack
 from dsv3.serve.attention import Span, install
@@ -130,6 +131,29 @@ def test_rows_of_the_cache_are_the_modules() -> None:
 def test_what_it_does_not_know_goes_through_the_modules() -> None:
     model = tiny_model().bfloat16()
     assert Layers(model, model.main_layers, 0, cache_of(model, "bfloat16")).compiled is None
+
+
+class Counting(LocalDispatcher):
+    """A dispatcher of another kind, which sees every row."""
+
+    rows = 0
+
+    def dispatch(self, x_ND: torch.Tensor, routing: Routing, load_E: torch.Tensor) -> Any:
+        self.rows += len(x_ND)
+        return super().dispatch(x_ND, routing, load_E)
+
+
+@torch.inference_mode()
+def test_another_dispatcher_is_not_passed_over() -> None:
+    """The compiled layers know no experts that are elsewhere."""
+    model = tiny_model()
+    install(model)
+    moe = list(model.moe_layers().values())[-1]
+    moe.dispatcher = counting = Counting()
+    layers = Layers(model, model.main_layers, 0, cache_of(model, "float32"))
+    assert layers.compiled is None
+    layers.run([Span(np.arange(3), 0, 3)], torch.randn(3, model.config.hidden_size))
+    assert counting.rows == 3
 
 
 def test_bf16_weights_are_multiplied_as_they_are() -> None:

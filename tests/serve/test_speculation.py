@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from copy import deepcopy
 from functools import cache
 from itertools import product
 
@@ -20,7 +21,7 @@ from dsv3.serve.sequence import Sequence
 from dsv3.serve.speculation import rows_to_choose, verify
 from dsv3.serve.text import Detokeniser
 from tests.model.build import tiny_model
-from tests.serve.conftest import surprise
+from tests.serve.conftest import close, surprise
 
 V = 5
 
@@ -148,6 +149,28 @@ def test_sampled_and_greedy_requests_mix(small: DeepSeekV3) -> None:
     plain = Engine(small, options=Options(cache_tokens=1024, max_length=200))
     engine, with_drafts = plain, answers(wishes)
     assert [with_drafts[0], with_drafts[2]] == [answers([wishes[n]])[0] for n in (0, 2)]
+
+
+def test_rows_after_known_blocks_are_those_of_a_cold_engine(model: DeepSeekV3) -> None:
+    """The module's first row after known blocks wants a state that this sequence never computed."""
+
+    def rows(warm: bool) -> torch.Tensor:
+        engine = Engine(deepcopy(model), options=Options(draft_tokens=1, cache_tokens=256))
+        wish = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+        if warm:
+            for tail in (1, 2):  # another prompt's rows are beside it, too
+                engine.add_request([*shared, tail, tail], wish)
+            while engine.busy:
+                engine.step()
+            engine.add_request([5, 4, 3], wish)
+        (sequence,) = engine.requests[engine.add_request([*shared, 7, 8, 9], wish)]
+        engine.step()
+        assert sequence.reused == (32 if warm else 0) and engine.drafter is not None
+        assert sequence.computed == 35
+        return engine.cache.read(model.config.num_hidden_layers, torch.tensor(sequence.slots[1:36]))
+
+    shared = [(7 * place) % 60 + 1 for place in range(32)]
+    close(rows(True), rows(False))
 
 
 def test_a_model_without_mtp_is_refused() -> None:
