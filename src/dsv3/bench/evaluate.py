@@ -39,7 +39,7 @@ def agree(folder: Path, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
     for task in benchmarks:
         if any(len({context for context, _ in question.choices}) != 1 for question in task.questions):
             raise UserError(
-                f"task {task.name} is not choices after one context; take piqa, arc_easy or boolq"
+                f"task {task.name} is not choices after one context; take piqa, arc_easy or openbookqa"
             )
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm-eval is not installed; pip install 'dsv3[eval]'")

@@ -238,7 +238,7 @@ def evaluate(
     folder: Path = typer.Argument(help="Hugging Face folder of a model, with its tokenizer"),
     data: Path = typer.Option(..., "--data", help="a folder of benchmarks (docs/evaluation.md)"),
     tasks: str = typer.Option(
-        "piqa,boolq,basic_arithmetic", "--tasks", help="ranked benchmarks, with commas between"
+        "piqa,openbookqa,basic_arithmetic", "--tasks", help="ranked benchmarks, with commas between"
     ),
     samples: int = typer.Option(50, "--samples", min=1, help="questions of each"),
     as_json: bool = typer.Option(False, "--json", help="print JSON"),

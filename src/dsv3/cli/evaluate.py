@@ -47,6 +47,14 @@ def evaluate(
     quantize: list[str] = typer.Option(
         [], "--quantize", help="also with the weights in fp8, int8 or int4 (with --tasks: only so)"
     ),
+    compare: tuple[Path, Path] = typer.Option(
+        None, "--compare", help="instead: two folders of results, the difference of the second"
+    ),
+    contamination: Path = typer.Option(
+        None,
+        "--contamination",
+        help="instead of asking: prepared data in which to look for the questions of --tasks",
+    ),
     length: int = typer.Option(256, "--length", min=1, help="without --tasks: tokens read at once"),
     sequences: int = typer.Option(
         128, "--sequences", min=1, help="without --tasks: so many of that length, of each source"
@@ -56,6 +64,14 @@ def evaluate(
     """Bits per byte of a text (less is better) and the share of MTP drafts that fit; or scores on tasks."""
     if tasks == "list":
         _list(as_json)
+        return
+    if compare is not None:
+        _compare(*compare, as_json)
+        return
+    if contamination is not None:
+        if tasks is None:
+            raise UserError("--contamination looks for the questions of --tasks; give both")
+        _contamination(contamination, data, tasks.split(","), samples, as_json)
         return
     if folder is None:
         raise UserError("give the folder of a model: dsv3 eval FOLDER --data ... or --tasks ...")
@@ -129,6 +145,55 @@ def _list(as_json: bool) -> None:
     show("Benchmarks (--data)", ("task", "judged", "shots", "metric", "from"), rows)
     typer.echo(f"Generated, NAME or NAME:DIFFICULTY: {', '.join(n for n in tasks.names() if '/' not in n)}")
     typer.echo("and reasoning-gym's, where it is installed: dsv3 tasks list")
+
+
+def _compare(first: Path, second: Path, as_json: bool) -> None:
+    from dsv3.evaluate.benchmarks.compare import certain, compare, draw
+
+    found = compare(first, second)
+    picture = second / f"compared-with-{first.resolve().name}.png"
+    draw(found, str(first), str(second), picture)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from dsv3.cli.tables import show
+
+    rows = []
+    for one in found:
+        interval = "" if one["low"] is None else f"{one['low']:+.4f} to {one['high']:+.4f}"
+        numbers = [f"{one[key]:.4f}" for key in ("first", "second")] + [f"{one['difference']:+.4f}", interval]
+        moved = f"{one['up']} / {one['down']}"
+        rows.append((one["task"], one["score"], str(one["n"]), *numbers, moved, "*" if certain(one) else ""))
+    header = ("task", "score", "n", "first", "second", "difference", "95 % interval", "up / down", "")
+    show(f"{second} beside {first}, question by question", header, rows)
+    typer.echo(f"* the interval leaves zero out\nplot: {picture}")
+
+
+def _contamination(
+    prepared: Path, data: Path | None, names: list[str], samples: int | None, as_json: bool
+) -> None:
+    from dsv3.evaluate.benchmarks.build import build
+    from dsv3.evaluate.benchmarks.contamination import WORDS, overlap
+
+    found = overlap(prepared, [build(name.strip(), data, samples) for name in names])
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    from dsv3.cli.tables import show
+
+    rows = [
+        (
+            name,
+            str(one["questions"]),
+            str(one["searched"]),
+            str(one["found"]),
+            f"{one['share']:.2%}",
+            ", ".join(one["ids"][:5]),
+        )
+        for name, one in found.items()
+    ]
+    show(f"Questions that share {WORDS} words in a row with {prepared}",
+         ("task", "questions", "long enough", "found", "share", "the first"), rows)  # fmt: skip
 
 
 def _row(name: str, one: dict[str, Any]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ class Question:
     ``prompt``: text, or the messages of a conversation that the assistant is to answer. ``choices``: pairs of
     (context, continuation) to be ranked, of which number ``gold`` is right; with a single one its likelihood
     is what is asked. Without any, the answer is free and ``reference`` is what the judge compares it with
-    (JSON values).
+    (JSON values). ``own``: the words of this item alone, answers included, for the contamination report.
     """
 
     id: str
@@ -29,6 +29,7 @@ class Question:
     choices: tuple[tuple[str, str], ...] = ()
     gold: int = 0
     reference: Any = None
+    own: str = ""
 
     def digest(self) -> str:
         """16 hex digits of all of it: an answer is kept for exactly this question."""
@@ -40,12 +41,6 @@ class Question:
         if isinstance(self.prompt, str):
             return tokenizer.encode(self.prompt) or [tokenizer.bos_id]
         return encode(tokenizer, self.prompt, add_generation_prompt=True)[0]
-
-    def texts(self) -> list[str]:
-        """Everything of the item that a training set must not hold: for the contamination report."""
-        if isinstance(self.prompt, str):
-            return [self.prompt, *("".join(pair) for pair in self.choices)]
-        return [str(message.get("content") or "") for message in self.prompt]
 
 
 Judge = Callable[[Sequence[Question], Sequence[str]], list[Scores]]

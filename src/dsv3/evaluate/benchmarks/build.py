@@ -57,19 +57,7 @@ def benchmark(name: str, definition: Definition, data: Path, samples: int | None
     for number, item in numbered:
         if item.group not in heads:
             heads[item.group] = given if given is not None else _head(definition, pool, item.group)
-        head = heads[item.group]
-        if definition.judge and chat:
-            words = (item.asked or item.query) + definition.told
-            questions.append(
-                Question(str(number), [{"role": "user", "content": words}], reference=item.reference)
-            )
-        elif definition.judge:
-            questions.append(Question(str(number), head + item.query, reference=item.reference))
-        else:
-            pairs = tuple(
-                (head + context, f" {choice}") for context, choice in zip(item.contexts(), item.choices)
-            )
-            questions.append(Question(str(number), choices=pairs, gold=item.gold))
+        questions.append(_question(definition, str(number), item, heads[item.group], chat))
     return Benchmark(
         name, definition.metric, questions, JUDGES.get(definition.judge),
         shots=0 if chat else definition.shots,
@@ -77,6 +65,17 @@ def benchmark(name: str, definition: Definition, data: Path, samples: int | None
         stop=() if chat else definition.stop,
         note="a conversation" if chat else "",
     )  # fmt: skip
+
+
+def _question(definition: Definition, number: str, item: Item, head: str, chat: bool) -> Question:
+    own = " ".join((item.query or item.queries[0], *item.choices, item.answer))
+    if not definition.judge:
+        pairs = ((head + context, f" {choice}") for context, choice in zip(item.contexts(), item.choices))
+        return Question(number, choices=tuple(pairs), gold=item.gold, own=own)
+    if not chat:
+        return Question(number, head + item.query, reference=item.reference, own=own)
+    words = (item.asked or item.query) + definition.told
+    return Question(number, [{"role": "user", "content": words}], reference=item.reference, own=own)
 
 
 def _read(name: str, definition: Definition, data: Path) -> tuple[list[Item], list[Item], str | None]:

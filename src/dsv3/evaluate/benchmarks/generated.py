@@ -38,6 +38,7 @@ def generated(
             example.id,
             [{"role": "user", "content": example.prompt}] if chat else head + _ask(example.prompt),
             reference=example.row(),
+            own=example.prompt,
         )
         for example in examples
     ]
