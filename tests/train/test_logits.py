@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv3.checkpoint.hf import save
+from dsv3.common.errors import UserError
+from dsv3.config.distill import TeacherSection
+from dsv3.data.loader import Batch
+from dsv3.data.targets import labels
+from dsv3.data.tokenizer import train
+from dsv3.model.loss import Share
 from dsv3.ops.cross_entropy import CHUNK_ELEMENTS
-from dsv3.train.logits import linear_topk_kl, topk_kl
+from dsv3.train.logits import Teacher, linear_topk_kl, topk_kl
+from dsv3.train.objective import language_loss
+from tests.model.build import ids, tiny_model
 
 WORDS, WIDTH = 23, 6
 
@@ -89,3 +100,75 @@ def test_two_heads_by_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     topk_kl(h @ w.T, (t @ v.T).detach(), 7).backward()
     torch.testing.assert_close(grads, (h.grad, w.grad))
     assert t.grad is None and v.grad is None
+
+
+def batch_of(seed: int) -> Batch:
+    bears = torch.rand(2, 12, generator=torch.Generator().manual_seed(seed)) < 0.7
+    documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 12], dtype=torch.int32)
+    return Batch(ids(2, 12, seed=seed), documents, bears)
+
+
+def teacher_of(top_k: int, weight: float = 1.0) -> Teacher:
+    """Another width than the student's."""
+    options = TeacherSection(path="given", top_k=top_k, weight=weight)
+    return Teacher(tiny_model(seed=7, hidden_size=48, num_hidden_layers=2), options)
+
+
+def test_in_the_loss_it_is_float64s_divergence_over_the_tokens_that_bear_loss() -> None:
+    model, teacher, batch = tiny_model(num_nextn_predict_layers=1), teacher_of(5, 0.3), batch_of(1)
+    length = 10
+    labels_BT = labels(batch, length, 0)
+    count = int((labels_BT >= 0).sum())
+    share = Share([count, 1], 2)
+    plain, _ = language_loss(model, batch, length, share, 0.3)
+    found, parts = language_loss(model, batch, length, share, 0.3, teacher)
+    wanted = torch.zeros((), dtype=torch.float64)
+    for row in range(2):
+        for document in batch.documents_BT[row].unique():  # alone, positions from zero
+            inside = (batch.documents_BT[row, :length] == document).nonzero()[:, 0]
+            tokens = batch.tokens_BT[row, inside][None]
+            bears = labels_BT[row, inside] >= 0
+            student, theirs = (who(tokens, mtp=False).logits_BTV[0, bears] for who in (model, teacher.model))
+            p, q = theirs.double().softmax(1), student.double().softmax(1)
+            top = p.topk(5, dim=1).indices
+            p, q = (
+                torch.cat((x.gather(1, top), 1 - x.gather(1, top).sum(1, keepdim=True)), 1) for x in (p, q)
+            )
+            wanted = wanted + (p * (p / q).log()).sum()
+    assert parts.divergence is not None
+    torch.testing.assert_close(parts.divergence.double(), (wanted / count).detach(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found, plain + 0.3 * parts.divergence, rtol=1e-5, atol=1e-5)
+    found.backward()
+    assert all(p.grad is None for p in teacher.model.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_student_comes_to_follow_its_teacher() -> None:
+    model, teacher = tiny_model(num_nextn_predict_layers=0), teacher_of(8, 10.0)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    seen = []
+    for step in range(40):
+        batch = Batch(ids(4, 17, seed=step))
+        loss, parts = language_loss(model, batch, 16, Share([64], 4), 0.0, teacher)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(float(parts.divergence))  # type: ignore[arg-type]
+    assert sum(seen[-5:]) < 0.7 * sum(seen[:5]), seen
+
+
+def test_a_teacher_with_other_words_is_refused(tmp_path: Path) -> None:
+    tokenizer, other = (train([text * 9], 340) for text in ("some words to learn ", "others are these "))
+    for name, who in (("m", tokenizer), ("o", other)):
+        who.save(tmp_path / name)
+        files = [tmp_path / name / "tokenizer.json"]
+        save(tiny_model(vocab_size=400), tmp_path / f"{name}-model", tokenizer_files=files)
+    device = torch.device("cpu")
+    options = TeacherSection(path=str(tmp_path / "m-model"))
+    found = Teacher.load(options, tokenizer, 400, device)
+    assert found is not None and not any(p.requires_grad for p in found.model.parameters())
+    assert Teacher.load(TeacherSection(), tokenizer, 400, device) is None
+    with pytest.raises(UserError, match="has another tokenizer"):
+        Teacher.load(options, other, 400, device)
+    with pytest.raises(UserError, match=r"has vocab_size 400; set --model\.vocab_size"):
+        Teacher.load(options, tokenizer, 384, device)
