@@ -22,6 +22,7 @@ from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import GroupedLinear
 from dsv3.model.moe import MoE, Routing
 from dsv3.ops.permute import expert_order, sum_rows, weighted_sum
+from dsv3.parallel.clock import Clock
 from dsv3.parallel.layout import Meshes
 from dsv3.parallel.wire import FP8, Cast, Wire
 
@@ -29,14 +30,23 @@ from dsv3.parallel.wire import FP8, Cast, Wire
 class Trip:
     """Rows on their way: ``send[p]`` rows to rank p, ``receive[p]`` from it."""
 
-    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int], wire: Wire, back: Wire):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        send: list[int],
+        receive: list[int],
+        wire: Wire,
+        back: Wire,
+        clock: Clock,
+    ):
         self.group, self.send, self.receive, self.wire, self.back = group, send, receive, wire, back
+        self.clock = clock
         self.pending: tuple[dist.Work, Tensor, Tensor] | None = None
         self.width, self.dtype = 0, torch.float32
 
     def returning(self, wire: Wire, back: Wire) -> Trip:
         """The trip home of the rows that this one brought."""
-        return Trip(self.group, self.receive, self.send, wire, back)
+        return Trip(self.group, self.receive, self.send, wire, back, self.clock)
 
     def start(self, message_MX: Tensor, home: bool = False) -> None:
         """Send messages, one a row; ``home``: the other way round, for gradients."""
@@ -50,7 +60,8 @@ class Trip:
         """The messages that arrived."""
         assert self.pending is not None
         work, arrived, _ = self.pending
-        work.wait()
+        with self.clock.waiting():
+            work.wait()
         self.pending = None
         return arrived
 
@@ -157,8 +168,9 @@ class ExpertParallel:
     of tokens in BF16 (report 3.3.4); else everything in the dtype of the activations.
     """
 
-    def __init__(self, group: dist.ProcessGroup, traffic: Traffic, fp8: bool = False):
-        self.group, self.ranks, self.traffic = group, dist.get_world_size(group), traffic
+    def __init__(self, group: dist.ProcessGroup, traffic: Traffic, clock: Clock, fp8: bool = False):
+        self.group, self.ranks = group, dist.get_world_size(group)
+        self.traffic, self.clock = traffic, clock
         results = Cast(torch.bfloat16) if fp8 else Cast()
         self.tokens: Wire = FP8() if fp8 else Cast()
         self.results: Wire = results
@@ -169,11 +181,12 @@ class ExpertParallel:
     def dispatch(self, x_ND: Tensor, routing: Routing, load_E: Tensor) -> tuple[Tensor, Tensor, Travelling]:
         """See :class:`dsv3.model.moe.Dispatcher`."""
         arriving_E = torch.empty_like(load_E)
-        dist.all_to_all_single(arriving_E, load_E, group=self.group)
+        with self.clock.waiting():
+            dist.all_to_all_single(arriving_E, load_E, group=self.group)
         arriving_PX, leaving_PX = arriving_E.view(self.ranks, -1), load_E.view(self.ranks, -1)
         send, receive = torch.stack((leaving_PX.sum(dim=1), arriving_PX.sum(dim=1))).tolist()
         order = expert_order(routing.indices_NK)
-        trip = Trip(self.group, send, receive, self.tokens, self.token_grads)
+        trip = Trip(self.group, send, receive, self.tokens, self.token_grads, self.clock)
         ticket = _Dispatch.apply(x_ND, *order, trip)
         self.traffic.count(routing.indices_NK)
         local = torch.arange(arriving_PX.shape[1], device=load_E.device).repeat(self.ranks)
@@ -208,12 +221,22 @@ def node_of_experts(experts: int, group: dist.ProcessGroup, node_size: int) -> T
     return place.repeat_interleave(experts // len(ranks))
 
 
-def apply(module: nn.Module, meshes: Meshes, node_size: int, fp8: bool = False) -> dict[str, Traffic]:
+def row_bytes(width: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int]:
+    """Bytes of a row of activations on its way to an expert, and of its result on the way back."""
+    if fp8:
+        return FP8().row_bytes(width, dtype), Cast(torch.bfloat16).row_bytes(width, dtype)
+    return Cast().row_bytes(width, dtype), Cast().row_bytes(width, dtype)
+
+
+def apply(
+    module: nn.Module, meshes: Meshes, node_size: int, fp8: bool = False, clock: Clock | None = None
+) -> dict[str, Traffic]:
     """Deal the experts of every layer in ``module`` (a model, or a stage of one) to the expert ranks.
 
     Each rank keeps the slice of the stacked weights that is its own; FP8 versions of the experts are dealt
-    alike. ``node_size``: ranks a node. Returns the traffic of each layer by its path.
+    alike. ``node_size``: ranks a node; ``clock`` counts waiting. Returns the traffic of each layer by path.
     """
+    clock = clock or Clock()
     found: dict[str, Traffic] = {}
     if meshes.layout.expert == 1:
         return found
@@ -231,5 +254,5 @@ def apply(module: nn.Module, meshes: Meshes, node_size: int, fp8: bool = False) 
                 own = linear.weight.detach()[place * share : (place + 1) * share]
                 linear.weight = nn.Parameter(own.clone())
         found[path] = Traffic(node_E, int(node_E[place * share]))
-        layer.mlp.dispatcher = ExpertParallel(group, found[path], fp8)
+        layer.mlp.dispatcher = ExpertParallel(group, found[path], clock, fp8)
     return found

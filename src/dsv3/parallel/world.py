@@ -20,6 +20,7 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import ParallelSection
 from dsv3.model import DeepSeekV3
 from dsv3.parallel import experts
+from dsv3.parallel.clock import Clock
 from dsv3.parallel.collectives import all_gather
 from dsv3.parallel.experts import Traffic
 from dsv3.parallel.layout import Layout, Meshes, make_meshes, resolve
@@ -42,6 +43,12 @@ class World:
     schedule: str = "dualpipev"
     node_size: int = 1
     beside: dist.ProcessGroup | None = None
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def waited(self) -> float:
+        """Seconds this process has waited for others' rows, gradients and numbers."""
+        return self.clock.seconds
 
     @property
     def rank(self) -> int:
@@ -92,7 +99,7 @@ class World:
         if self.meshes is None:
             return Weights(model), {}
         part: nn.Module = model if pipeline is None else pipeline.part
-        traffic = experts.apply(part, self.meshes, self.node_size, fp8)
+        traffic = experts.apply(part, self.meshes, self.node_size, fp8, self.clock)
         weights = (ZeRO1 if self.zero == 1 else FSDP)(part, self.meshes)
         for name in pipeline.repeated if pipeline is not None else ():
             assert pipeline is not None
@@ -124,7 +131,8 @@ class World:
         if self.meshes is None:
             return values
         total = values.clone()
-        dist.all_reduce(total)
+        with self.clock.waiting():
+            dist.all_reduce(total)
         return total
 
     def add_data(self, values: Tensor) -> Tensor:
@@ -132,7 +140,8 @@ class World:
         if self.meshes is None:
             return values
         total = values.to(self.device)
-        dist.all_reduce(total, group=self.meshes.group("data"))
+        with self.clock.waiting():
+            dist.all_reduce(total, group=self.meshes.group("data"))
         return total.to(values.device)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
@@ -141,7 +150,8 @@ class World:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         everyone = mine.new_empty(self.size, len(mine))
-        all_gather(everyone.view(-1), mine)
+        with self.clock.waiting():
+            all_gather(everyone.view(-1), mine)
         return [[float(x) for x in row] for row in everyone.tolist()]
 
     def norm(self, pieces: Iterable[Piece]) -> float:

@@ -18,6 +18,7 @@ from dsv3.common.files import TEMPORARY
 from dsv3.config.parallel import ParallelSection
 from dsv3.config.train import TrainRecipe
 from dsv3.model import DeepSeekV3
+from dsv3.parallel.experts import row_bytes
 from dsv3.parallel.weights import Weights
 from dsv3.parallel.world import World
 from dsv3.quant import fp8
@@ -26,6 +27,7 @@ from dsv3.train.callbacks.checkpoints import Checkpoints, resume
 from dsv3.train.callbacks.ema import EMA
 from dsv3.train.callbacks.metrics import Metrics
 from dsv3.train.callbacks.plots import Plots
+from dsv3.train.callbacks.ranks import Ranks
 from dsv3.train.callbacks.watch import Watch
 from dsv3.train.optimizer import build
 from dsv3.train.run import RunFolder
@@ -147,12 +149,16 @@ def train_stage(
     world = world or World()
     ema = EMA(recipe.ema.decay) if recipe.ema.decay else None
     first = [Metrics(run), Watch(run)] if world.is_first else []
-    everyone = [
+    everyone: list[Callback] = [
         *first, *callbacks, *([ema] if ema is not None else []), Checkpoints(run, list(files)),
         *([Plots(run)] if world.is_first else []),
     ]  # fmt: skip
     pipeline = world.cut(model, recipe.sequence_length)
-    weights, _ = world.spread(model, pipeline, fp8=recipe.precision == "fp8")
+    fp8_rows = recipe.precision == "fp8"
+    weights, traffic = world.spread(model, pipeline, fp8_rows)
+    if world.size > 1:
+        kind = model.model.embed_tokens.compute_dtype or torch.float32
+        everyone.append(Ranks(run, traffic, row_bytes(model.config.hidden_size, kind, fp8_rows)))
     optimizer = build(weights, recipe.optimizer, recipe.precision)
     trainer = Trainer(recipe, model, objective, optimizer, everyone, world, weights, pipeline)
     if checkpoint is not None:

@@ -169,7 +169,8 @@ class Trainer:
         learning_rate, gamma = self.schedules.learning_rate(seen), self.schedules.gamma(seen)
 
         done = self.objective.accumulate(self, sequences)
-        self.weights.collect()
+        with self.world.clock.waiting():
+            self.weights.collect()
         norm = clip_gradients(self.weights, self.recipe.optimizer.clip, self.world)
         self.balancer.gather()
         finite = math.isfinite(done.loss) and math.isfinite(norm)
@@ -179,7 +180,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
-            self.weights.publish()
+            with self.world.clock.waiting():
+                self.weights.publish()
             self.balancer.update(gamma)
             state.skipped_in_row = 0
         else:
