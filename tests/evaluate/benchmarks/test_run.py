@@ -15,6 +15,7 @@ import torch
 from dsv3.common.errors import UserError
 from dsv3.evaluate.benchmarks.base import Benchmark, Question
 from dsv3.evaluate.benchmarks.generated import generated
+from dsv3.evaluate.benchmarks.likelihood import likelihoods, pair
 from dsv3.evaluate.benchmarks.run import describe, read_records, run
 from dsv3.serve.llm import LLM
 from dsv3.serve.params import SamplingParams
@@ -149,3 +150,21 @@ def test_what_generated_tasks_leave(llm: LLM, tmp_path: Path) -> None:
     assert head["task"] == "gcd" and len(records) == 5
     assert all(record["answer"] is not None and record["reference"]["task"] == "gcd" for record in records)
     assert results["tasks"]["gcd"]["accuracy"] == 0 and results["tasks"]["gcd"]["n"] == 5
+
+
+def test_what_prompts_share_is_read_once(folder: Path) -> None:
+    llm = LLM(folder, cache_tokens=4096)
+    assert llm.tokenizer is not None
+    head = "Question: which of them is right? Answer: the first one, " * 4
+    pairs = [
+        pair(llm.tokenizer, f"{head} {n} def f(x): return x What is {n} + 4?", f" {word}")
+        for n in range(20) for word in ("one", "is", "right")
+    ]  # fmt: skip
+    plain = [likelihoods(llm, [one])[0] for one in pairs[:4]]
+    llm.engine.forget()
+    before = llm.engine.stats.cached_tokens
+    found = likelihoods(llm, pairs)
+    for one, other in zip(plain, found):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-4) and one.greedy == other.greedy
+    cached = llm.engine.stats.cached_tokens - before
+    assert cached > 0.8 * sum(len(one.ids) for one in pairs)
