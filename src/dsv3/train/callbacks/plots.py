@@ -28,7 +28,8 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
     return (total[ends] - total[starts]) / (ends - starts)
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def blank(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    """A figure in the house's style, of a size in inches, and its axes ``[rows, columns]``."""
     from matplotlib.figure import Figure  # drawn without pyplot: no global state, no window system
     from matplotlib.ticker import EngFormatter
 
@@ -44,14 +45,14 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
 
 def draw_loss(steps: list[dict[str, Any]], checks: list[dict[str, Any]], path: Path) -> None:
     """Main and MTP training loss, and held-out bits per byte, against tokens."""
-    figure, axes = _figure(1, 2, 10, 3.8)
+    figure, axes = blank(1, 2, 10, 3.8)
     tokens = _column(steps, "tokens")
     width = max(1, len(steps) // 50)
     left, right = axes[0]
     loss = _column(steps, "loss")
     left.plot(tokens, loss, color="C0", alpha=0.25, linewidth=0.8)
-    left.plot(tokens, _smooth(loss, width), color="C0", label="next token")
     depths = max((len(line.get("mtp_loss", ())) for line in steps), default=0)
+    left.plot(tokens, _smooth(loss, width), color="C0", label="next token" if depths else "loss")
     for depth in range(depths):
         kept = [line for line in steps if len(line.get("mtp_loss", ())) > depth]
         values = np.array([line["mtp_loss"][depth] for line in kept])
@@ -79,7 +80,7 @@ def draw_schedules(steps: list[dict[str, Any]], path: Path) -> None:
         "gamma": "bias step gamma", "mtp_weight": "MTP weight lambda",
     }  # fmt: skip
     names = {key: name for key, name in names.items() if key in steps[-1]}
-    figure, axes = _figure(1, len(names), 3.25 * len(names), 2.8)
+    figure, axes = blank(1, len(names), 3.25 * len(names), 2.8)
     for axis, (key, name) in zip(axes[0], names.items()):
         axis.plot(_column(steps, "tokens"), _column(steps, key))
         axis.set(xlabel="tokens", title=name)
@@ -103,7 +104,7 @@ def draw_expert_load(steps: list[dict[str, Any]], path: Path, most: int = 6) -> 
     chosen = [layers[i] for i in sorted(set(np.linspace(0, len(layers) - 1, most).round().astype(int)))]
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure, axes = _figure(rows, columns, 4.2 * columns, 2.4 * rows + 0.4)
+    figure, axes = blank(rows, columns, 4.2 * columns, 2.4 * rows + 0.4)
     last = float(steps[-1]["tokens"])
     image = None
     for axis in axes.flat[len(chosen) :]:
@@ -125,7 +126,7 @@ def draw_max_violation(steps: list[dict[str, Any]], path: Path) -> None:
     layers = sorted(steps[-1]["max_violation"], key=int)
     if not layers:
         return
-    figure, axes = _figure(1, 1, 6.5, 3.6)
+    figure, axes = blank(1, 1, 6.5, 3.6)
     axis = axes[0, 0]
     width = max(1, len(steps) // 50)
     for layer in layers:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dsv3.train.callbacks.plots import EVERY_SECONDS
+from dsv3.train.callbacks.plots import EVERY_SECONDS, blank
 from dsv3.train.run import RunFolder, read_lines
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
@@ -21,19 +21,6 @@ WATCHED = {
 }
 
 
-def _axes(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # drawn without pyplot: no global state, no window system
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.grid(True, color="0.9", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("steps")
-    return figure, axes
-
-
 def _column(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of the lines that have the key."""
     kept = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -42,7 +29,7 @@ def _column(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
 
 def draw_reward(lines: list[dict[str, Any]], path: Path) -> None:
     """Reward with its spread and each function's mean; held-out accuracy by task."""
-    figure, axes = _axes(1, 2, 10, 3.8)
+    figure, axes = blank(1, 2, 10, 3.8)
     left, right = axes[0]
     steps, reward = _column(lines, "reward")
     _, spread = _column([line for line in lines if line.get("reward") is not None], "reward_std")
@@ -55,13 +42,12 @@ def draw_reward(lines: list[dict[str, Any]], path: Path) -> None:
     )
     for number, key in enumerate(names if len(names) > 1 else [], start=1):
         left.plot(*_column(lines, key), f"C{number}", linewidth=1, label=key.split("/")[1])
-    left.set_ylabel("reward of the rollouts")
+    left.set(xlabel="steps", ylabel="reward of the rollouts")
     left.legend(frameon=False, fontsize=8)
     for key in sorted({key for line in lines for key in line if key.startswith("accuracy/")}):
         steps, values = _column(lines, key)
         right.plot(steps, [100 * value for value in values], marker="o", ms=3, label=key.split("/")[1])
-    right.set_ylabel("held-out accuracy (%)")
-    right.set_ylim(0, 100)
+    right.set(xlabel="steps", ylabel="held-out accuracy (%)", ylim=(0, 100))
     if right.lines:
         right.legend(frameon=False, fontsize=8)
     figure.savefig(path)
@@ -72,12 +58,13 @@ def draw_watched(lines: list[dict[str, Any]], path: Path) -> None:
     found = {key: name for key, name in WATCHED.items() if _column(lines, key)[0]}
     columns = 3
     rows = -(-len(found) // columns)
-    figure, axes = _axes(rows, columns, 11, 2.6 * rows)
+    figure, axes = blank(rows, columns, 11, 2.6 * rows)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for axis, (key, name) in zip(axes.flat, found.items()):
         axis.plot(*_column(lines, key), linewidth=1.2)
         axis.set_title(name, fontsize=9)
+        axis.set_xlabel("steps")
         axis.set_ylim(bottom=0)
     figure.savefig(path)
 
