@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dsv3.bench import fp8_ablation, fp8_memory
+from dsv3.bench.paired import Run, command, interval
 from dsv3.common.errors import UserError
 
 
@@ -32,7 +33,7 @@ def test_gaps_are_percent_of_the_reference(tmp_path: Path) -> None:
     }
     runs = []
     for (name, seed), (losses, bits) in made.items():
-        runs.append(fp8_ablation.Run(name, seed, tmp_path / f"seed-{seed}" / name))
+        runs.append(Run(name, seed, tmp_path / f"seed-{seed}" / name))
         write_run(runs[-1].folder, losses, bits)
     result = fp8_ablation.compare(runs)
     fp8, spike = result["variations"]["fp8"], result["variations"]["14-bit"]
@@ -54,9 +55,17 @@ def test_smoothing_uses_whole_windows() -> None:
     assert math.isclose(fp8_ablation.gap_percent(np.full(8, 3.0), np.full(8, 2.0))[0], 50.0)
 
 
+def test_an_interval_is_students() -> None:
+    mean, half = interval([1.0, 2.0, 4.0])
+    assert math.isclose(mean, 7 / 3) and math.isclose(
+        half, 4.303 * math.sqrt(7 / 3) / math.sqrt(3), rel_tol=1e-3
+    )
+    assert interval([5.0]) == (5.0, math.inf)
+
+
 def test_variations_differ_from_the_full_recipe_in_what_they_say(tmp_path: Path) -> None:
     commands = {
-        name: fp8_ablation.command(fp8_ablation.Run(name, 0, tmp_path / name), 10, "data")[5:-2]
+        name: command(Run(name, 0, tmp_path / name, fp8_ablation.variation(name)), 10, "data")[5:-2]
         for name in fp8_ablation.VARIATIONS
     }
     plain = [word for word in commands["fp32"] if not word.endswith("fp32")]

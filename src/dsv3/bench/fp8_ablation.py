@@ -1,35 +1,25 @@
 """``dsv3 bench fp8 --ablation``: what each choice of FP8 training does to the loss (report 3.3 and B).
 
-The same model from the same seed sees the same data in the same order, once in FP32 and once for every
-variation, each some ``fp8.*`` keys away from the others. Every run is an ordinary ``dsv3 pretrain`` in a
-folder of its own, so that the whole goes on where it was stopped. Two runs that differ by rounding alone
-drift apart; several seeds tell such drift from an effect.
+The tiny model in FP32 and in variations that are some ``fp8.*`` keys away from each other
+(:mod:`dsv3.bench.paired`).
 """
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsv3.bench.machine import machine
-from dsv3.common.errors import Failure, UserError
+from dsv3.bench.paired import Run, by_name, check, held_out, losses, runs_of, train
+from dsv3.common.errors import UserError
 from dsv3.common.files import write_json
-from dsv3.common.progress import Progress
-from dsv3.train.run import read_lines
 
-RECIPE = Path("recipes/pretrain-tiny.yaml")
 GOAL_PERCENT = 0.25  # published: the loss of FP8 stays this near to BF16's
-SEQUENCES, LENGTH = 8, 128
 SMOOTH = 100  # steps
+WITHOUT_MTP = ("--model.num_nextn_predict_layers", "0")  # its second head would be half of the time
 
 FP8 = ("--precision", "fp8")
 REFERENCE = "fp32"
@@ -62,91 +52,26 @@ VARIATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Run:
-    """A variation from a seed, in a folder of its own."""
-
-    name: str
-    seed: int
-    folder: Path
-
-
-def command(run: Run, steps: int, data: str) -> list[str]:
-    """The ``dsv3 pretrain`` of a variation; without MTP, whose second head would be half of the time."""
-    settings = {
-        "out": run.folder, "seed": run.seed, "data.path": data, "sequence_length": LENGTH,
-        "total_tokens": steps * SEQUENCES * LENGTH, "batch.sequences": SEQUENCES,
-        "batch.micro_sequences": SEQUENCES, "model.num_nextn_predict_layers": 0, "device": "cpu",
-        "schedule.batch": "[{until: 1, to: 1}]", "checkpoint.every": 250, "checkpoint.keep": 1,
-        "validation.every": 250, "samples.every": 10**9,
-    }  # fmt: skip
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    words += [*VARIATIONS[run.name][1], "--resume", "auto"]
-    return [sys.executable, "-m", "dsv3", "pretrain", str(RECIPE), *words]
-
-
-def _steps(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    return [line for line in read_lines(path) if "loss" in line] if path.exists() else []
-
-
-def _count(folder: Path) -> int:
-    """Steps a run has taken, without reading what they were."""
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b'"loss":') if path.exists() else 0
+def variation(name: str) -> tuple[str, ...]:
+    """The words of a variation."""
+    return (*WITHOUT_MTP, *VARIATIONS[name][1])
 
 
 def ablation(
     out: Path, steps: int, seeds: list[int], data: str, workers: int, only: list[str]
 ) -> dict[str, Any]:
     """Train every variation (or those of ``only`` and the reference) from every seed, then compare."""
-    if not RECIPE.is_file():
-        raise UserError(f"{RECIPE} is not here: run this in the repository's folder")
-    if not (Path(data) / "manifest.json").is_file():
-        raise UserError(
-            f"--data ({data}) is not prepared; run `dsv3 data prepare recipes/data-tiny.yaml` first"
-        )
+    check(data)
     unknown = [name for name in only if name not in VARIATIONS]
     if unknown:
         raise UserError(f"--only ({unknown[0]}) is no variation; there are {', '.join(VARIATIONS)}")
     names = [name for name in VARIATIONS if not only or name in only or name == REFERENCE]
-    runs = [Run(name, seed, out / f"seed-{seed}" / name) for seed in dict.fromkeys(seeds) for name in names]
-    train(runs, steps, data, workers)
+    runs = runs_of({name: variation(name) for name in names}, seeds, out)
+    train(runs, steps, data, workers, "ablation")
     result = compare(runs)
     write_json(out / "result.json", result)
     draw(runs, out / "loss_gap.png")
     return result
-
-
-def train(runs: list[Run], steps: int, data: str, workers: int) -> None:
-    """Bring every run to its end, ``workers`` at a time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    waiting, running = list(runs), dict[Run, subprocess.Popen[bytes]]()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs below are ended in any case
-    done = sum(_count(run.folder) for run in runs)
-    with Progress("ablation", steps * len(runs), "steps", done=done) as progress:
-        try:
-            while waiting or running:
-                while waiting and len(running) < workers:
-                    run = waiting.pop(0)
-                    run.folder.parent.mkdir(parents=True, exist_ok=True)
-                    with open(f"{run.folder}.log", "ab") as log:
-                        running[run] = subprocess.Popen(
-                            command(run, steps, data), stdout=log, stderr=log, env=environment
-                        )
-                time.sleep(2.0)
-                for run in [run for run, process in running.items() if process.poll() is not None]:
-                    if running.pop(run).returncode:
-                        raise Failure(f"{run.name} failed; see {run.folder}.log")
-                now = sum(_count(run.folder) for run in runs)
-                progress.note(", ".join(f"{run.name} of seed {run.seed}" for run in running))
-                progress.advance(now - done)
-                done = now
-        finally:
-            for process in running.values():
-                process.terminate()  # each saves a checkpoint and stops
-            for process in running.values():
-                process.wait()
 
 
 def smooth(values: np.ndarray, width: int = SMOOTH) -> np.ndarray:
@@ -162,45 +87,26 @@ def gap_percent(loss: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return 100 * (smooth(loss[:steps], width) - smoothed) / smoothed
 
 
-def _losses(run: Run) -> np.ndarray:
-    return np.array([line["loss"] for line in _steps(run.folder)])
-
-
-def _by_name(runs: list[Run]) -> dict[str, list[tuple[Run, Run]]]:
-    """Of each variation its runs, each with the reference from the same seed."""
-    references = {run.seed: run for run in runs if run.name == REFERENCE}
-    found: dict[str, list[tuple[Run, Run]]] = {}
-    for run in runs:
-        found.setdefault(run.name, []).append((run, references[run.seed]))
-    return found
-
-
 def compare(runs: list[Run]) -> dict[str, Any]:
     """Every variation's gap to the reference: at the end, at its greatest, and on held-out text."""
     rows: dict[str, Any] = {}
-    for name, pairs in _by_name(runs).items():
+    for name, pairs in by_name(runs, REFERENCE).items():
         gaps: dict[str, list[float]] = {"final": [], "greatest": [], "held_out": []}
         for run, reference in pairs:
-            gap = gap_percent(_losses(run), _losses(reference))
+            gap = gap_percent(losses(run), losses(reference))
             after = gap[len(gap) // 10 :]  # the first steps only show how fast everything falls
             gaps["final"].append(float(gap[-1]))
             gaps["greatest"].append(float(after[np.abs(after).argmax()]) if len(after) else math.nan)
-            gaps["held_out"].append(100 * (_held_out(run.folder) / _held_out(reference.folder) - 1))
+            gaps["held_out"].append(100 * (held_out(run) / held_out(reference) - 1))
         rows[name] = {
             "what": VARIATIONS[name][0],
             "seeds": [run.seed for run, _ in pairs],
-            "steps": min(len(_losses(run)) for run, _ in pairs),
-            "final_loss": float(np.mean([_losses(run)[-SMOOTH:].mean() for run, _ in pairs])),
-            "held_out_bits_per_byte": [_held_out(run.folder) for run, _ in pairs],
+            "steps": min(len(losses(run)) for run, _ in pairs),
+            "final_loss": float(np.mean([losses(run)[-SMOOTH:].mean() for run, _ in pairs])),
+            "held_out_bits_per_byte": [held_out(run) for run, _ in pairs],
             **{f"{which}_gap_percent": values for which, values in gaps.items()},
         }
     return {"goal_percent": GOAL_PERCENT, "variations": rows, "machine": machine("cpu")}
-
-
-def _held_out(folder: Path) -> float:
-    key = "validation_bits_per_byte"
-    found = [line[key] for line in read_lines(folder / "metrics.jsonl") if key in line]
-    return float(found[-1]) if found else math.nan
 
 
 def _with_error(values: list[float]) -> str:
@@ -232,13 +138,13 @@ def draw(runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(9, 4.6), layout="constrained", dpi=130)
     axis = figure.subplots()
     axis.axhspan(-GOAL_PERCENT, GOAL_PERCENT, color="0.93", label=f"within {GOAL_PERCENT} %")
-    for number, (name, pairs) in enumerate(_by_name(runs).items()):
+    for number, (name, pairs) in enumerate(by_name(runs, REFERENCE).items()):
         if name == REFERENCE:
             continue
         color, width = ("black", 2.2) if name == "fp8" else (f"C{number - 1}", 1.2)
-        gaps = [gap_percent(_losses(run), _losses(reference)) for run, reference in pairs]
+        gaps = [gap_percent(losses(run), losses(reference)) for run, reference in pairs]
         shortest = min(map(len, gaps))
-        last = min(len(_losses(run)) for run, _ in pairs)
+        last = min(len(losses(run)) for run, _ in pairs)
         steps = np.arange(shortest) + last - shortest
         mean = np.mean([gap[:shortest] for gap in gaps], axis=0)
         label = VARIATIONS[name][0] + (f" ({len(gaps)} seeds)" if len(gaps) > 1 else "")
