@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from dsv3.checkpoint.hf import save
+from dsv3.checkpoint.hf import load, save
 from dsv3.common.errors import UserError
 from dsv3.config import recipe as recipes
 from dsv3.config.model import ModelConfig
@@ -29,6 +29,7 @@ from dsv3.train.objective import LanguageModelling
 from dsv3.train.sft import sft
 from dsv3.train.trainer import Trainer
 from tests.model.transformers_twin import to_twin, twin_of
+from tests.parallel.ranks import free_port
 from tests.train.conftest import MODEL
 from tests.train.test_resume import last_step, same, wait_for
 
@@ -191,11 +192,32 @@ def test_killed_and_resumed_it_ends_bit_equal(make_recipe, tmp_path: Path) -> No
     wait_for(lambda: last_step(out) >= 3, process)
     process.kill()
     process.communicate()
-    assert not (out / "model").exists()
     again = subprocess.run([*command, "--resume", "auto"], timeout=250, **options)
     assert again.returncode == 0, again.stdout
-    assert "resumed from step-" in again.stdout and f"next: dsv3 chat {out}/model" in again.stdout
+    assert "resumed from step-00" in again.stdout and f"next: dsv3 chat {out}/model" in again.stdout
     assert same(out / "model", unbroken / "model")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(make_recipe, tmp_path: Path) -> None:
+    recipe = make_recipe(epochs=1)
+    alone = sft(recipe)
+    assert alone is not None
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump({**recipe.model_dump(mode="json"), "out": str(tmp_path / "two")}))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--master-port", str(free_port()), "-m", "dsv3", "sft", str(path)),
+        ],
+        capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (load(folder / "model").state_dict() for folder in (alone, tmp_path / "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+    before = load(recipe.start).state_dict()["lm_head.weight"]
+    assert (before - one["lm_head.weight"]).abs().max() > 1e-2
 
 
 def test_other_examples_are_not_resumed_over(make_recipe) -> None:
@@ -211,14 +233,14 @@ def test_other_examples_are_not_resumed_over(make_recipe) -> None:
     ("changes", "message"),
     [
         ({"data": {"train": "none.jsonl"}}, "none.jsonl does not exist"),
-        ({"sequence_length": 4}, r"all 40 rows were dropped: raise sequence_length \(4\)"),
+        ({"sequence_length": 4}, r"all 37 rows were dropped: raise sequence_length \(4\)"),
         (
             {"data": {"train": "ROWS", "long": "refuse"}, "sequence_length": 16},
             r"rows.jsonl:1 has \d+ tokens",
         ),
         (
             {"data": {"train": "ROWS", "valid_fraction": 1e-6}},
-            r"leaves 40 examples to train on and 0 held out",
+            r"leaves 37 examples to train on and 0 held out",
         ),
         ({"start": None}, "start is required"),
     ],

@@ -13,10 +13,9 @@ from dsv3.data.long import mix
 from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.parallel.world import enter, local_device
-from dsv3.train.callbacks.validation import Samples, Validation
+from dsv3.train.callbacks.validation import Samples, Validation, beside
 from dsv3.train.objective import LanguageModelling
 from dsv3.train.stage import check_shares, check_start, choose_device, make_model, open_run, train_stage
-from dsv3.train.trainer import Callback
 
 
 def loaders(recipe: PretrainRecipe, rank: int = 0, world: int = 1) -> tuple[TokenLoader, TokenLoader]:
@@ -57,11 +56,5 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
     model = make_model(recipe, device)
     validation = Validation(run, held_out.batch(0, sequences), byte_lengths, recipe.validation)
     samples = Samples(run, tokenizer, recipe.samples, tokenizer.encode)
-    callbacks: list[Callback] = [validation, samples]
-    if world.size > 1:  # all ranks would have to write the same text in step
-        callbacks.remove(samples)
-        run.log("many processes write no samples: dsv3 generate shows what the model can do")
-    if world.layout.pipeline > 1:
-        callbacks.remove(validation)
-        run.log("a pipeline reads no held-out text: dsv3 eval reads the finished model")
+    callbacks = beside(run, world, validation, samples)
     return train_stage(recipe, model, objective, run, checkpoint, files, callbacks, world)

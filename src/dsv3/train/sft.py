@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,10 +18,11 @@ from dsv3.data import chat, rows
 from dsv3.data.examples import Examples, gather
 from dsv3.data.packing import ExampleLoader
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.train.callbacks.validation import Samples, Validation
+from dsv3.parallel.world import enter, local_device
+from dsv3.train.callbacks.validation import Samples, Validation, beside
 from dsv3.train.logits import Teacher
 from dsv3.train.objective import LanguageModelling
-from dsv3.train.stage import check_start, choose_device, make_model, open_run, train_stage
+from dsv3.train.stage import check_shares, check_start, choose_device, make_model, open_run, train_stage
 from dsv3.train.trainer import Callback, Trainer
 
 
@@ -30,17 +32,24 @@ def sft(recipe: SFTRecipe, resume_from: str | None = None) -> Path | None:
     ``resume_from``: see :func:`dsv3.train.stage.open_run`. Raises :class:`UserError` for bad input, examples
     included, before anything is written, :class:`TrainingFailed` if the run cannot go on.
     """
-    device = choose_device(recipe.device)
+    device = local_device(choose_device(recipe.device))
     tokenizer = open_tokenizer(recipe)
     check_start(recipe)
-    train, held_out = read_examples(recipe, tokenizer)
-    length, extra = recipe.sequence_length, 1 + recipe.model.num_nextn_predict_layers
-    loader = ExampleLoader(train, length, extra, recipe.epochs, recipe.seed, tokenizer.pad_id)
-    valid = ExampleLoader(held_out, length, extra, pad_id=tokenizer.pad_id)
+    world = enter(recipe.parallel, recipe.model, device)
+    train, held_out = read_examples(recipe, tokenizer, world.is_first)
+    length, extra, pad = recipe.sequence_length, 1 + recipe.model.num_nextn_predict_layers, tokenizer.pad_id
+    loader = ExampleLoader(
+        train, length, extra, recipe.epochs, recipe.seed, pad, world.data_rank, world.data_size
+    )
+    valid = ExampleLoader(held_out, length, extra, pad_id=pad)
     files = tokenizer_files(Path(str(recipe.start)))
     teacher = Teacher.load(recipe.teacher, tokenizer, recipe.model.vocab_size, device)
+    if teacher is not None and world.layout.pipeline > 1:
+        raise UserError("teacher.path and parallel.pipeline do not go together: leave one of them away")
+    objective = LanguageModelling(loader, length, len(loader) * length, teacher)
+    check_shares(recipe, objective.extent, world)
 
-    run, checkpoint = open_run(recipe, resume_from)
+    run, checkpoint = open_run(recipe, resume_from, world)
     run.log(
         f"{len(train)} examples of {train.lengths.mean():.0f} tokens, {train.bears.mean():.0%} of them bear"
         f" loss; {recipe.epochs} epochs are {len(loader)} sequences, {loader.padding:.1%} padding;"
@@ -49,18 +58,15 @@ def sft(recipe: SFTRecipe, resume_from: str | None = None) -> Path | None:
     if train.cut or train.dropped:
         run.log(f"of {train.read} rows {train.cut} were cut and {train.dropped} dropped at {length} tokens")
     model = make_model(recipe, device)
-    callbacks = [
-        SameExamples(train),
-        Validation(
-            run,
-            valid.batch(0, min(recipe.validation.sequences, len(valid))),
-            torch.from_numpy(tokenizer.byte_lengths).long(),
-            recipe.validation,
-        ),
-        Samples(run, tokenizer, recipe.samples, lambda text: question(tokenizer, text)),
-    ]
-    objective = LanguageModelling(loader, length, len(loader) * length, teacher)
-    return train_stage(recipe, model, objective, run, checkpoint, files, callbacks)
+    validation = Validation(
+        run,
+        valid.batch(0, min(recipe.validation.sequences, len(valid))),
+        torch.from_numpy(tokenizer.byte_lengths).long(),
+        recipe.validation,
+    )
+    samples = Samples(run, tokenizer, recipe.samples, lambda text: question(tokenizer, text))
+    callbacks = [SameExamples(train), *beside(run, world, validation, samples)]
+    return train_stage(recipe, model, objective, run, checkpoint, files, callbacks, world)
 
 
 def open_tokenizer(recipe: SFTRecipe) -> Tokenizer:
@@ -74,12 +80,12 @@ def open_tokenizer(recipe: SFTRecipe) -> Tokenizer:
     return tokenizer
 
 
-def read_examples(recipe: SFTRecipe, tokenizer: Tokenizer) -> tuple[Examples, Examples]:
-    """Examples to train on and examples held out, tokenised."""
+def read_examples(recipe: SFTRecipe, tokenizer: Tokenizer, shown: bool) -> tuple[Examples, Examples]:
+    """Examples to train on and examples held out, tokenised. ``shown``: with progress."""
     data = recipe.data
-    train = _gather(recipe, tokenizer, data.train)
+    train = _gather(recipe, tokenizer, data.train, shown)
     if data.valid:
-        return train, _gather(recipe, tokenizer, data.valid)
+        return train, _gather(recipe, tokenizer, data.valid, shown)
     train, held_out = train.split(data.valid_fraction)
     if not len(held_out) or not len(train):
         raise UserError(
@@ -89,10 +95,11 @@ def read_examples(recipe: SFTRecipe, tokenizer: Tokenizer) -> tuple[Examples, Ex
     return train, held_out
 
 
-def _gather(recipe: SFTRecipe, tokenizer: Tokenizer, paths: tuple[str, ...]) -> Examples:
-    with Progress("tokenise", rows.count(paths), "rows") as progress:
+def _gather(recipe: SFTRecipe, tokenizer: Tokenizer, paths: tuple[str, ...], shown: bool) -> Examples:
+    progress = Progress("tokenise", rows.count(paths), "rows") if shown else None
+    with progress or nullcontext():
         return gather(
-            _watched(rows.read(paths), progress),
+            rows.read(paths) if progress is None else _watched(rows.read(paths), progress),
             tokenizer,
             recipe.sequence_length,
             keep_think=recipe.data.keep_think,

@@ -11,6 +11,7 @@ from dsv3.data.loader import Batch
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.evaluate.held_out import HeldOut, evaluate
 from dsv3.evaluate.sample import generate
+from dsv3.parallel.world import World
 from dsv3.train.run import RunFolder
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
@@ -100,3 +101,17 @@ class Samples(Callback):
         """At the end of the run."""
         if trainer.finished:
             self.write(trainer)
+
+
+def beside(run: RunFolder, world: World, validation: Validation, samples: Samples) -> list[Callback]:
+    """The two, as far as the run's layout lets a model read text on its side."""
+    found: list[Callback] = []
+    if world.layout.pipeline > 1:
+        run.log("a pipeline reads no held-out text: dsv3 eval reads the finished model")
+    else:
+        found.append(validation)
+    if world.size > 1:  # all ranks would have to write the same text in step
+        run.log("many processes write no samples: dsv3 generate shows what the model can do")
+    else:
+        found.append(samples)
+    return found
