@@ -194,12 +194,10 @@ class Rows:
             expert = f"{head}.experts.{first + row}.{tail}"
             self._fill(self.weights.file_of(expert), expert, 0, into[row])
 
-    def state(self, name: str, first: int, into: Tensor) -> bool:
-        """The same of a tensor of the optimizer's (``exp_avg/NAME``); whether there is one."""
-        if self.optimizer is None or name not in self.optimizer.entries:
-            return False
+    def state(self, name: str, first: int, into: Tensor) -> None:
+        """The same of a tensor of the optimizer's (``exp_avg/NAME``)."""
+        assert self.optimizer is not None
         self._fill(self.optimizer, name, first, into)
-        return True
 
     def state_dtype(self, name: str) -> torch.dtype | None:
         """How a tensor of the optimizer's is stored; None where there is none."""

@@ -150,7 +150,7 @@ def _load(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
                 if dtype is not None:
                     shape = () if kind == "step" else piece.local.shape
                     found[key] = torch.empty(shape, dtype=dtype)
-                    rows.state(key, piece.first, found[key])
+                    rows.state(key, 0 if kind == "step" else piece.first, found[key])
         for key, bias in _biases(trainer).items():
             rows.weight(key.partition("/")[2], 0, bias)
     trainer.weights.publish()
