@@ -33,10 +33,14 @@ def cache_of(model: DeepSeekV3, kind: str) -> LatentCache:
     return LatentCache(layers, 512, config.kv_lora_rank, config.qk_rope_head_dim, kind, torch.float32)
 
 
+def layers_of(model: DeepSeekV3, cache: LatentCache) -> Layers:
+    return Layers(model, model.main_layers, 0, cache, model.model.norm)
+
+
 def ran(model: DeepSeekV3, kind: str, compiled: bool, only: int | None = None) -> list[torch.Tensor]:
     """States of 1, 2 and 3 tokens that follow three sequences, in one pass; or of one of them alone."""
     cache = cache_of(model, kind)
-    layers = Layers(model, model.main_layers, 0, cache)
+    layers = layers_of(model, cache)
     assert layers.compiled is not None
     if not compiled:
         layers.compiled = None
@@ -119,7 +123,7 @@ def test_rows_of_the_cache_are_the_modules() -> None:
     caches = []
     for compiled in (True, False):
         cache = cache_of(model, "fp8")
-        layers = Layers(model, model.main_layers[:1], 0, cache)
+        layers = Layers(model, model.main_layers[:1], 0, cache, model.model.norm)
         if not compiled:
             layers.compiled = None
         x = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
@@ -130,7 +134,7 @@ def test_rows_of_the_cache_are_the_modules() -> None:
 
 def test_what_it_does_not_know_goes_through_the_modules() -> None:
     model = tiny_model().bfloat16()
-    assert Layers(model, model.main_layers, 0, cache_of(model, "bfloat16")).compiled is None
+    assert layers_of(model, cache_of(model, "bfloat16")).compiled is None
 
 
 class Counting(LocalDispatcher):
@@ -150,7 +154,7 @@ def test_another_dispatcher_is_not_passed_over() -> None:
     install(model)
     moe = list(model.moe_layers().values())[-1]
     moe.dispatcher = counting = Counting()
-    layers = Layers(model, model.main_layers, 0, cache_of(model, "float32"))
+    layers = layers_of(model, cache_of(model, "float32"))
     assert layers.compiled is None
     layers.run([Span(np.arange(3), 0, 3)], torch.randn(3, model.config.hidden_size))
     assert counting.rows == 3

@@ -48,10 +48,17 @@ def keep_bf16(model: DeepSeekV3) -> None:
 
 
 class Layers:
-    """Consecutive layers of a model over the cache's layers from ``first`` on."""
+    """Consecutive layers of a model over the cache's layers from ``first`` on, and the norm after them."""
 
-    def __init__(self, model: DeepSeekV3, layers: Sequence[DecoderLayer], first: int, cache: LatentCache):
-        self.model, self.layers, self.first, self.cache = model, layers, first, cache
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        layers: Sequence[DecoderLayer],
+        first: int,
+        cache: LatentCache,
+        norm: RMSNorm,
+    ):
+        self.model, self.layers, self.first, self.cache, self.norm = model, layers, first, cache, norm
         self.refresh()
 
     def refresh(self) -> None:
@@ -59,7 +66,7 @@ class Layers:
         self.compiled = _Compiled.of(self)
 
     def run(self, spans: Sequence[Span], x_ND: Tensor) -> Tensor:
-        """States after the layers, ``[N, D]``; rows lie span after span. The cache holds them afterwards."""
+        """States after the norm, ``[N, D]``; rows lie span after span. The cache holds theirs afterwards."""
         attention = self.layers[0].self_attn
         few = [
             self.compiled is not None and absorbs(attention, s.stop - s.start, s.stop - s.first)
@@ -87,6 +94,7 @@ class Layers:
         x = (x_ND if sorted_ else torch.cat([pieces[number] for number in order]))[None]
         for layer in self.layers:
             x, _ = layer(x, pages)
+        x = self.norm(x)
         if sorted_:
             return x[0]
         found = dict(zip(order, x[0].split([len(pieces[number]) for number in order])))
@@ -98,9 +106,9 @@ class _Compiled:
 
     layers: ctypes.Array[decode.Layer]
 
-    def __init__(self, model: DeepSeekV3, cache: LatentCache):
+    def __init__(self, model: DeepSeekV3, cache: LatentCache, norm: RMSNorm):
         config = model.config
-        self.model = model
+        self.model, self.norm = model, _gain(norm)
         self.turns = torch.empty(0)  # rotations of the places seen so far, [S, R]
         self.kept: list[Any] = [cache.rows]
         self.shape = decode.Shape(
@@ -119,7 +127,7 @@ class _Compiled:
         dtype = embedding.compute_dtype or embedding.weight.dtype
         if dtype != torch.float32 or not decode.usable(layers.cache.rows):
             return None
-        made = cls(layers.model, layers.cache)
+        made = cls(layers.model, layers.cache, layers.norm)
         found = [
             made._layer(layer, layers.cache.rows[number])
             for number, layer in enumerate(layers.layers, start=layers.first)
@@ -159,7 +167,7 @@ class _Compiled:
             if hasattr(mlp, "shared_experts"):
                 for name in ("gate", "up", "down"):
                     weights[f"shared_{name}"] = _weight(getattr(mlp.shared_experts, f"{name}_proj"))
-        numbers |= {name: norm.weight.detach().float().contiguous() for name, norm in norms.items()}
+        numbers |= {name: _gain(norm) for name, norm in norms.items()}
         if not all(map(decode.packs, weights.values())):
             return None
         self.kept += [*weights.values(), *numbers.values()]
@@ -183,7 +191,7 @@ class _Compiled:
             len(positions), rotation.data_ptr(), slots.ctypes.data, keys.ctypes.data, begins.ctypes.data,
             counts.ctypes.data,
         )  # fmt: skip
-        decode.layers(self.layers, self.shape, batch, x_ND)
+        decode.layers(self.layers, self.shape, batch, self.norm, x_ND)
         return x_ND
 
     def _rotations(self, positions: np.ndarray) -> Tensor:
@@ -192,6 +200,10 @@ class _Compiled:
             places = torch.arange(1 << (last + 64).bit_length())
             self.turns = self.model.context(places).rotation.flatten(1).contiguous()
         return self.turns[torch.from_numpy(positions)]
+
+
+def _gain(norm: RMSNorm) -> Tensor:
+    return norm.weight.detach().float().contiguous()
 
 
 def _weight(module: Linear | GroupedLinear) -> AnyWeight | None:

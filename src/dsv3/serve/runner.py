@@ -37,7 +37,7 @@ class Runner:
 
     def __init__(self, model: DeepSeekV3, cache: LatentCache):
         self.model, self.device = model, cache.rows.device
-        self.layers = Layers(model, model.main_layers, 0, cache)
+        self.layers = Layers(model, model.main_layers, 0, cache, model.model.norm)
 
     def run(self, chunks: list[Chunk]) -> States:
         """Compute the chunks' tokens; their rows are in the cache afterwards."""
@@ -47,4 +47,4 @@ class Runner:
             [Span(chunk.sequence.slots, chunk.start, chunk.stop) for chunk in chunks], x_ND
         )
         begins = first_rows([chunk.stop - chunk.start for chunk in chunks])
-        return States(self.model.model.norm(x_ND), begins)
+        return States(x_ND, begins)

@@ -140,12 +140,19 @@ def draw(weights_RV: Tensor, uniforms: Many[float]) -> list[int]:
     return found
 
 
+def best(logits_RV: Tensor) -> list[int]:
+    """The token of the greatest logit in each row; the first of equal ones."""
+    if logits_RV.device.type == "cpu":  # where torch's own takes 25 times as long
+        return logits_RV.numpy().argmax(axis=-1).tolist()
+    return logits_RV.argmax(dim=-1).tolist()
+
+
 def choose(logits_RV: Tensor, rows: Many[Row], purpose: int = SAMPLE) -> tuple[list[int], Tensor | None]:
     """A token for each row, and the distributions they were drawn from (None if all rows are greedy)."""
     logits_RV = adjust(logits_RV, rows)
     params = [row.sequence.params for row in rows]
     if all(p.greedy for p in params):
-        return logits_RV.argmax(dim=-1).tolist(), None
+        return best(logits_RV), None
     weights_RV = probabilities(logits_RV, params)
     return draw(weights_RV, [uniform(row.sequence.seed, row.place, purpose) for row in rows]), weights_RV
 

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from itertools import chain
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +41,18 @@ from dsv3.serve.attention import Span
 from dsv3.serve.cache import LatentCache
 from dsv3.serve.layers import Layers
 from dsv3.serve.runner import States, first_rows
-from dsv3.serve.sampler import ACCEPT, DRAFT, SAMPLE, Row, adjust, choose, draw, probabilities, uniform
+from dsv3.serve.sampler import (
+    ACCEPT,
+    DRAFT,
+    SAMPLE,
+    Row,
+    adjust,
+    best,
+    choose,
+    draw,
+    probabilities,
+    uniform,
+)
 from dsv3.serve.scheduler import Chunk
 from dsv3.serve.sequence import Sequence
 
@@ -60,13 +70,13 @@ def verify(logits_RV: Tensor, sequences: Many[Sequence]) -> list[list[int]]:
     rows = rows_to_choose(sequences)
     logits_RV = adjust(logits_RV, rows)
     if all(s.params.greedy for s in sequences):
-        best = logits_RV.argmax(dim=-1).tolist()
+        tokens = best(logits_RV)
         found, first = [], 0
         for sequence in sequences:
             stands = 0
-            while stands < len(sequence.drafts) and sequence.drafts[stands] == best[first + stands]:
+            while stands < len(sequence.drafts) and sequence.drafts[stands] == tokens[first + stands]:
                 stands += 1
-            found.append(best[first : first + stands + 1])
+            found.append(tokens[first : first + stands + 1])
             first += len(sequence.drafts) + 1
         return found
     weights_RV = probabilities(logits_RV, [row.sequence.params for row in rows])
@@ -105,7 +115,8 @@ class Drafter:
     def __init__(self, model: DeepSeekV3, cache: LatentCache, count: int, block_size: int, vocab_size: int):
         self.model, self.cache, self.count = model, cache, count
         self.module = model.mtp_modules[0]
-        self.layers = Layers(model, [self.module], model.config.num_hidden_layers, cache)
+        norm = self.module.shared_head.norm
+        self.layers = Layers(model, [self.module], model.config.num_hidden_layers, cache, norm)
         self.block_size, self.vocab_size = block_size, vocab_size
         embedding = model.model.embed_tokens
         blocks = cache.rows.shape[1] // block_size
@@ -188,5 +199,4 @@ class Drafter:
     def _predict(self, ids: list[int], hidden_ND: Tensor, spans: Many[Span]) -> Tensor:
         """:meth:`dsv3.model.mtp.MTPModule.predict` over the cache."""
         embedded_ND = self.model.model.embed_tokens(torch.tensor(ids, device=hidden_ND.device))
-        x_ND = self.layers.run(spans, self.module.join(embedded_ND, hidden_ND))
-        return cast(Tensor, self.module.shared_head.norm(x_ND))
+        return self.layers.run(spans, self.module.join(embedded_ND, hidden_ND))

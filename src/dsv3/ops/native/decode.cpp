@@ -416,8 +416,9 @@ void dsv3_experts(const Matrix* gate, const Matrix* up, const Matrix* down, int6
     }
 }
 
-// x: [tokens, hidden], the states before the first layer; after the last one when this returns.
-void dsv3_layers(const Layer* layers, int64_t count, const Shape* shape, const Batch* batch, float* x, int threads) {
+// x: [tokens, hidden], the states before the first layer; after the last one and the norm when this returns.
+void dsv3_layers(const Layer* layers, int64_t count, const Shape* shape, const Batch* batch, const float* norm,
+                 float* x, int threads) {
     const Shape& s = *shape;
     const int64_t tokens = batch->tokens, queries = s.heads * (s.nope + s.rope), width = s.latent + s.rope;
     const int64_t bytes = row_bytes(s), per_token = (s.heads + HEADS - 1) / HEADS;
@@ -432,85 +433,90 @@ void dsv3_layers(const Layer* layers, int64_t count, const Shape* shape, const B
     std::vector<int64_t> chosen(tokens * s.chosen);
     Work work;
     #pragma omp parallel num_threads(threads)
-    for (int64_t l = 0; l < count; ++l) {
-        const Layer& layer = layers[l];
-        const int64_t rank = layer.q_a.values ? layer.q_a.outputs : 0;
-        #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens; ++n) {
-            rms_norm(x + n * s.hidden, layer.input_norm, s.hidden, s.eps, u[n]);
-            round_for(layer.kv_a, u.at[n], s.hidden);
-        }
-        const int64_t q_blocks = (rank + OUTPUTS - 1) / OUTPUTS, kv_blocks = (width + OUTPUTS - 1) / OUTPUTS;
-        #pragma omp for schedule(static)
-        for (int64_t b = 0; b < q_blocks + kv_blocks; ++b) {
-            const bool is_q = b < q_blocks;
-            const Matrix& m = is_q ? layer.q_a : layer.kv_a;
-            const int64_t o = (is_q ? b : b - q_blocks) * OUTPUTS;
-            product(m, o, std::min(o + OUTPUTS, m.outputs), u.at.data(), tokens, is_q ? q_a.data() : kv.data(),
-                    m.outputs);
-        }
-        #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens; ++n) {
-            if (rank) {
-                rms_norm(&q_a[n * rank], layer.q_norm, rank, s.eps, q_latent[n]);
-                round_for(layer.q, q_latent.at[n], rank);
-            }
-            float* latent = &kv[n * width];
-            rms_norm(latent, layer.kv_norm, s.latent, s.eps, latent);
-            rotate(latent + s.latent, batch->rotation + n * s.rope, s.rope, latent + s.latent);
-            write_row(s, layer.cache + batch->slots[n] * bytes, latent, latent + s.latent);
-        }
-        #pragma omp for schedule(static)
-        for (int64_t o = 0; o < queries; o += OUTPUTS)
-            product(layer.q, o, std::min(o + OUTPUTS, queries), (rank ? q_latent : u).at.data(), tokens, q.data(),
-                    queries);
-        #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < per_token * tokens; ++i) {  // tokens of the same heads follow each other
-            thread_local Scratch scratch;
-            const int64_t n = i % tokens, first = i / tokens * HEADS;
-            attend(s, layer, *batch, n, first, std::min(first + HEADS, s.heads), &q[n * queries], heads[n], scratch);
-        }
-        #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens; ++n) round_for(layer.o, heads.at[n], s.heads * s.value);
-        #pragma omp for schedule(static)
-        for (int64_t o = 0; o < s.hidden; o += OUTPUTS) {
-            const int64_t last = std::min(o + OUTPUTS, s.hidden);
-            product(layer.o, o, last, heads.at.data(), tokens, added.data(), s.hidden);
-            for (int64_t n = 0; n < tokens; ++n)
-                for (int64_t i = o; i < last; ++i) x[n * s.hidden + i] += added[n * s.hidden + i];
-        }
-        #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens; ++n) {
-            rms_norm(x + n * s.hidden, layer.post_norm, s.hidden, s.eps, u[n]);
-            round_for(layer.gate, u.at[n], s.hidden);
-        }
-        if (layer.experts) {
+    {
+        for (int64_t l = 0; l < count; ++l) {
+            const Layer& layer = layers[l];
+            const int64_t rank = layer.q_a.values ? layer.q_a.outputs : 0;
             #pragma omp for schedule(static)
-            for (int64_t o = 0; o < layer.experts; o += OUTPUTS)
-                product(layer.router, o, std::min(o + OUTPUTS, layer.experts), u.at.data(), tokens, logits.data(),
-                        layer.experts);
+            for (int64_t n = 0; n < tokens; ++n) {
+                rms_norm(x + n * s.hidden, layer.input_norm, s.hidden, s.eps, u[n]);
+                round_for(layer.kv_a, u.at[n], s.hidden);
+            }
+            const int64_t q_blocks = (rank + OUTPUTS - 1) / OUTPUTS, kv_blocks = (width + OUTPUTS - 1) / OUTPUTS;
             #pragma omp for schedule(static)
-            for (int64_t n = 0; n < tokens; ++n)
-                choose(s, layer, &logits[n * layer.experts], &chosen[n * s.chosen], &gates[n * s.chosen]);
+            for (int64_t b = 0; b < q_blocks + kv_blocks; ++b) {
+                const bool is_q = b < q_blocks;
+                const Matrix& m = is_q ? layer.q_a : layer.kv_a;
+                const int64_t o = (is_q ? b : b - q_blocks) * OUTPUTS;
+                product(m, o, std::min(o + OUTPUTS, m.outputs), u.at.data(), tokens, is_q ? q_a.data() : kv.data(),
+                        m.outputs);
+            }
+            #pragma omp for schedule(static)
+            for (int64_t n = 0; n < tokens; ++n) {
+                if (rank) {
+                    rms_norm(&q_a[n * rank], layer.q_norm, rank, s.eps, q_latent[n]);
+                    round_for(layer.q, q_latent.at[n], rank);
+                }
+                float* latent = &kv[n * width];
+                rms_norm(latent, layer.kv_norm, s.latent, s.eps, latent);
+                rotate(latent + s.latent, batch->rotation + n * s.rope, s.rope, latent + s.latent);
+                write_row(s, layer.cache + batch->slots[n] * bytes, latent, latent + s.latent);
+            }
+            #pragma omp for schedule(static)
+            for (int64_t o = 0; o < queries; o += OUTPUTS)
+                product(layer.q, o, std::min(o + OUTPUTS, queries), (rank ? q_latent : u).at.data(), tokens, q.data(),
+                        queries);
+            #pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < per_token * tokens; ++i) {  // tokens of the same heads follow each other
+                thread_local Scratch scratch;
+                const int64_t n = i % tokens, first = i / tokens * HEADS;
+                const int64_t last = std::min(first + HEADS, s.heads);
+                attend(s, layer, *batch, n, first, last, &q[n * queries], heads[n], scratch);
+            }
+            #pragma omp for schedule(static)
+            for (int64_t n = 0; n < tokens; ++n) round_for(layer.o, heads.at[n], s.heads * s.value);
+            #pragma omp for schedule(static)
+            for (int64_t o = 0; o < s.hidden; o += OUTPUTS) {
+                const int64_t last = std::min(o + OUTPUTS, s.hidden);
+                product(layer.o, o, last, heads.at.data(), tokens, added.data(), s.hidden);
+                for (int64_t n = 0; n < tokens; ++n)
+                    for (int64_t i = o; i < last; ++i) x[n * s.hidden + i] += added[n * s.hidden + i];
+            }
+            #pragma omp for schedule(static)
+            for (int64_t n = 0; n < tokens; ++n) {
+                rms_norm(x + n * s.hidden, layer.post_norm, s.hidden, s.eps, u[n]);
+                round_for(layer.gate, u.at[n], s.hidden);
+            }
+            if (layer.experts) {
+                #pragma omp for schedule(static)
+                for (int64_t o = 0; o < layer.experts; o += OUTPUTS)
+                    product(layer.router, o, std::min(o + OUTPUTS, layer.experts), u.at.data(), tokens, logits.data(),
+                            layer.experts);
+                #pragma omp for schedule(static)
+                for (int64_t n = 0; n < tokens; ++n)
+                    choose(s, layer, &logits[n * layer.experts], &chosen[n * s.chosen], &gates[n * s.chosen]);
+            }
+            #pragma omp single
+            work.plan(s, layer, tokens, chosen, u);
+            swiglus(work.jobs, work.ups, work.downs, work.x.data(), work.hidden, work.out.get(), s.hidden);
+            const bool shared = !layer.experts || layer.shared_gate.values;
+            const int64_t routed = layer.experts ? tokens * s.chosen : 0;
+            #pragma omp for schedule(static)
+            for (int64_t n = 0; n < tokens; ++n) {
+                float* to = x + n * s.hidden;
+                for (int64_t k = 0; k < (layer.experts ? s.chosen : 0); ++k) {
+                    const float* from = work.out.get() + work.row_of[n * s.chosen + k] * s.hidden;
+                    const float gate = gates[n * s.chosen + k];
+                    for (int64_t i = 0; i < s.hidden; ++i) to[i] += gate * from[i];
+                }
+                if (shared) {
+                    const float* from = work.out.get() + (routed + n) * s.hidden;
+                    for (int64_t i = 0; i < s.hidden; ++i) to[i] += from[i];
+                }
+            }
         }
-        #pragma omp single
-        work.plan(s, layer, tokens, chosen, u);
-        swiglus(work.jobs, work.ups, work.downs, work.x.data(), work.hidden, work.out.get(), s.hidden);
-        const bool shared = !layer.experts || layer.shared_gate.values;
-        const int64_t routed = layer.experts ? tokens * s.chosen : 0;
         #pragma omp for schedule(static)
-        for (int64_t n = 0; n < tokens; ++n) {
-            float* to = x + n * s.hidden;
-            for (int64_t k = 0; k < (layer.experts ? s.chosen : 0); ++k) {
-                const float* from = work.out.get() + work.row_of[n * s.chosen + k] * s.hidden;
-                const float gate = gates[n * s.chosen + k];
-                for (int64_t i = 0; i < s.hidden; ++i) to[i] += gate * from[i];
-            }
-            if (shared) {
-                const float* from = work.out.get() + (routed + n) * s.hidden;
-                for (int64_t i = 0; i < s.hidden; ++i) to[i] += from[i];
-            }
-        }
+        for (int64_t n = 0; n < tokens; ++n) rms_norm(x + n * s.hidden, norm, s.hidden, s.eps, x + n * s.hidden);
     }
 }
 

@@ -80,7 +80,7 @@ def _library() -> ctypes.CDLL:
     whole = ctypes.c_int
     found.dsv3_linear.argtypes = [_pointer, _pointer, _long, _pointer, whole]
     found.dsv3_experts.argtypes = [_pointer, _pointer, _pointer, _long, _pointer, _pointer, _pointer, whole]
-    found.dsv3_layers.argtypes = [_pointer, _long, _pointer, _pointer, _pointer, whole]
+    found.dsv3_layers.argtypes = [_pointer, _long, _pointer, _pointer, _pointer, _pointer, whole]
     for function in (found.dsv3_linear, found.dsv3_experts, found.dsv3_layers):
         function.restype = None
     return found
@@ -152,8 +152,9 @@ def chain(layers: Sequence[Layer]) -> ctypes.Array[Layer]:
     return (Layer * len(layers))(*layers)
 
 
-def layers(array: ctypes.Array[Layer], shape: Shape, batch: Batch, x_ND: Tensor) -> None:
-    """Run ``x_ND`` (FP32, contiguous) through the layers, in place."""
+def layers(array: ctypes.Array[Layer], shape: Shape, batch: Batch, norm_D: Tensor, x_ND: Tensor) -> None:
+    """Run ``x_ND`` (FP32, contiguous) through the layers and the norm after them, in place."""
     _library().dsv3_layers(
-        array, len(array), ctypes.byref(shape), ctypes.byref(batch), x_ND.data_ptr(), torch.get_num_threads()
-    )
+        array, len(array), ctypes.byref(shape), ctypes.byref(batch), norm_D.data_ptr(), x_ND.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
