@@ -12,13 +12,17 @@ import pytest
 from tests.parallel.ranks import run_ranks
 
 LENGTH, MICRO, SEQUENCES = 8, 6, 2
+TIMEOUT = 500  # seconds; alone on two cores a few
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "documents, two MTP modules": {"documents": True, "depth": 2},
-    "fp8": {"fp8": True},
-    "recompute report, MTP weight 0": {"recompute": "report", "mtp_weight": 0.0},
-    "recompute layer, no MTP module": {"recompute": "layer", "depth": 0},
+VARIANTS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": (SCHEDULES, {}),
+    "documents, two MTP modules": (("interleaved", "dualpipev"), {"documents": True, "depth": 2}),
+    "fp8": (("zbv", "dualpipev"), {"fp8": True}),
+    "recompute report, MTP weight 0": (
+        ("1f1b", "dualpipev"),
+        {"recompute": "report", "mtp_weight": 0.0},
+    ),
+    "recompute layer, no MTP module": (("zbv", "dualpipev"), {"recompute": "layer", "depth": 0}),
 }
 
 
@@ -107,7 +111,7 @@ def _error(found: Any, wanted: Any) -> float:
 
 
 def two_or_four(names: list[str]) -> list[dict]:
-    """In a rank: the named variants under every schedule, two steps each; what the second step made."""
+    """In a rank: the named variants under their schedules (plain ones twice); what the last step made."""
     import torch.distributed as dist
 
     from dsv3.parallel.pipeline import Pipeline
@@ -117,7 +121,7 @@ def two_or_four(names: list[str]) -> list[dict]:
     group = dist.group.WORLD
     found = []
     for name in names:
-        variant = dict(VARIANTS[name])
+        schedules, variant = VARIANTS[name][0], dict(VARIANTS[name][1])
         mtp_weight, documents = variant.pop("mtp_weight", 0.3), variant.pop("documents", False)
         model, batches = _model(**variant), _batches(documents)
         share = _share(batches, variant.get("depth", 1))
@@ -125,14 +129,15 @@ def two_or_four(names: list[str]) -> list[dict]:
         with _products(counted, name == "plain"):
             losses, loads = _one_process(model, batches, share, mtp_weight)
         wanted = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-        for schedule in SCHEDULES:
+        for schedule in schedules:
             own = _model(**variant)
             pipeline = Pipeline(own, schedule, group, LENGTH)
             mine: Counter[str] = Counter()
             with _products(mine, name == "plain"):
-                pipeline.accumulate(batches, share, mtp_weight)
-            pipeline.part.zero_grad()
-            made = pipeline.accumulate(batches, share, mtp_weight)
+                made = pipeline.accumulate(batches, share, mtp_weight)
+            if name == "plain":
+                pipeline.part.zero_grad()
+                made = pipeline.accumulate(batches, share, mtp_weight)
             errors = {
                 key: _error(p.grad, wanted[key])
                 for key, p in pipeline.part.named_parameters()
@@ -258,7 +263,7 @@ def _check(ranks: list[list[dict]]) -> None:
 @pytest.fixture(scope="module")
 def two() -> list[list[dict]]:
     """All variants on two ranks."""
-    return run_ranks(2, "tests.parallel.pipeline.test_pipeline:two_or_four", list(VARIANTS))
+    return run_ranks(2, "tests.parallel.pipeline.test_pipeline:two_or_four", list(VARIANTS), TIMEOUT)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -275,12 +280,12 @@ def test_fp8_really_was_in_fp8(two: list[list[dict]]) -> None:
 
 @pytest.mark.slow
 def test_four_ranks_make_the_step_of_one() -> None:
-    _check(run_ranks(4, "tests.parallel.pipeline.test_pipeline:two_or_four", ["plain"]))
+    _check(run_ranks(4, "tests.parallel.pipeline.test_pipeline:two_or_four", ["plain"], TIMEOUT))
 
 
 def test_pipeline_and_expert_ranks_make_the_step_of_one() -> None:
     """Rows of two micro-batches travel at once in DualPipeV, and in no other schedule."""
-    ranks = run_ranks(4, "tests.parallel.pipeline.test_pipeline:with_experts")
+    ranks = run_ranks(4, "tests.parallel.pipeline.test_pipeline:with_experts", None, TIMEOUT)
     for case in zip(*ranks):
         summed = [sum(part) for part in zip(*(rank["losses"] for rank in case))]
         assert summed == pytest.approx(case[0]["wanted losses"], rel=1e-5)

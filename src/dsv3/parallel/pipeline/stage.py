@@ -19,12 +19,13 @@ from dsv3.parallel.pipeline.steps import Cuts, Steps, finish, take_turns
 
 @dataclass
 class Trace:
-    """What ran when: ``(jobs, start, end)`` in seconds of ``time.perf_counter``.
+    """What ran when, while ``on``: ``(jobs, start, end)`` in seconds of ``time.perf_counter``.
 
     A job is ``(stage, kind, micro-batch)``, kind F, B (whole), I (inputs) or W (weights); two of them ran
     overlapped.
     """
 
+    on: bool = False
     ran: list[tuple[tuple[tuple[int, str, int], ...], float, float]] = field(default_factory=list)
 
     @contextmanager
@@ -32,7 +33,8 @@ class Trace:
         """Note jobs that run inside."""
         start = time.perf_counter()
         yield
-        self.ran.append((jobs, start, time.perf_counter()))
+        if self.on:
+            self.ran.append((jobs, start, time.perf_counter()))
 
 
 class Stage(PipelineStage):
@@ -51,7 +53,7 @@ class Stage(PipelineStage):
         group: dist.ProcessGroup,
         stream: Tensor,
         stepped: bool,
-        trace: Trace | None,
+        trace: Trace,
     ):
         self.gradients = module.gradients
         scalar = torch.empty((), device=stream.device)
@@ -65,7 +67,7 @@ class Stage(PipelineStage):
             group=group,
             dw_builder=self.gradients.take,
         )
-        self.stepped, self.trace = stepped, trace or Trace()
+        self.stepped, self.trace = stepped, trace
         self.cuts: dict[int, Cuts] = {}
 
     # Buffers that a stage receives into are made when they are needed and let go after: torch makes one for
