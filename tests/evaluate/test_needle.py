@@ -141,8 +141,19 @@ def test_the_engine_answers_beyond_the_models_length_and_shares_prefixes(
 def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     answers = out / f"{folder.parent.name}-model.json"
-    words = ["niah", folder, "--haystack", folder.parent / "text.txt", "--lengths", "96,128", "--out", out]
-    command = [sys.executable, "-m", "dsv3", *map(str, words), "--samples", "40"]
+    words = [
+        "niah",
+        folder,
+        "--haystack",
+        folder.parent / "text.txt",
+        "--lengths",
+        "96,128",
+        "--out",
+        out,
+        "--depths",
+        "3",
+    ]
+    command = [sys.executable, "-m", "dsv3", *map(str, words), "--samples", "200"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         while not answers.exists() and process.poll() is None:
@@ -152,7 +163,7 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
     before = json.loads(answers.read_text())["cells"]
-    assert 0 < len(before) < 40 * 2 * 11
+    assert 0 < len(before) < 200 * 2 * 3
     again = subprocess.run([*command[:-1], "3", "--json"], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     after = json.loads(answers.read_text())["cells"]

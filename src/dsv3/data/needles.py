@@ -1,8 +1,9 @@
 """Key-value needles: what long context is measured with, and documents that teach a model to find them.
 
 A needle is a sentence that gives a key a value; a question names the key and stops where the value would
-come. Keys are plain nouns and values numbers (as in RULER's tasks of words and numbers), so that neither can
-be guessed from the text around them.
+come. Keys are plain nouns and values numbers, as in RULER's task of words and numbers, so that neither can be
+guessed from the text around them. The value follows its key at once and has two digits, one token in most
+tokenizers: one look-up by an induction head, which is what a tiny model can learn.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ thread throne ticket tiger torch towel tower tractor trumpet tulip tunnel turtle
 velvet village violet violin wagon wallet walnut watch whale wheel whistle willow window yarn zebra
 """
 KEYS = tuple(_NOUNS.split())
-VALUES = range(100, 1000)
+VALUES = range(10, 100)
 _END = re.compile(r"[.!?:;]['\"”’)\]]?(?=\s)")  # a line is put behind such a place
 
 

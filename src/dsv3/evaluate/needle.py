@@ -119,7 +119,7 @@ def trials(haystack: Haystack, grid: Grid, length: int, sample: int) -> list[Tri
     }
     others = [encode(" " + needle(key, draw.choice(VALUES))) for key in keys[1:]]
     asked = encode(" " + question(keys[0]))
-    size = max(len(encode(" " + needle(keys[0], value))) for value in hidden.values())
+    size = max(len(encode(" " + needle(keys[0], value))) for value in VALUES)
     room = length - len(asked) - size - sum(map(len, others))
     if room < 1:
         raise UserError(f"lengths ({length}) leave no room for text beside needles and question; use more")
