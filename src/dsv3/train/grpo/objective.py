@@ -30,6 +30,7 @@ from dsv3.train.grpo.losses import Whole, advantages, deviation, policy_loss, wi
 from dsv3.train.grpo.prompts import Prompt, Prompts, columns_of
 from dsv3.train.grpo.rollouts import Answer, Rollouts, pad
 from dsv3.train.grpo.routing import replay
+from dsv3.train.grpo.seen import Seen
 from dsv3.train.schedules import Extent
 from dsv3.train.trainer import Accumulated, Callback, Trainer
 
@@ -61,8 +62,6 @@ class GRPO(Callback):
             max_tokens=options.max_tokens, temperature=options.temperature, n=options.answers, logprobs=0
         )
 
-    # -- a step --------------------------------------------------------------------------------------------
-
     def accumulate(self, trainer: Trainer, sequences: int) -> Accumulated:
         """See :class:`dsv3.train.trainer.Objective`."""
         started = time.perf_counter()
@@ -86,7 +85,7 @@ class GRPO(Callback):
         answers_S = (batch.length_S - batch.prompt_S)[rows]
         whole = Whole(len(rows), int(answers_S.sum()), self.recipe.rollouts.max_tokens)
         order = rows[batch.length_S[rows].argsort(stable=True)]
-        loss, seen = 0.0, _Seen()
+        loss, seen = 0.0, Seen()
         for chosen in order.split(self.recipe.batch.micro_sequences):
             part = batch.pick(chosen).to(trainer.device)
             mask_ST = answer_mask(part.prompt_S, part.length_S)
@@ -116,8 +115,6 @@ class GRPO(Callback):
             model, part.tokens_SX, part.prompt_S, part.length_S, self.recipe.rollouts.temperature,
             self.rollouts.engine.vocab_size,
         )  # fmt: skip
-
-    # -- rollouts ------------------------------------------------------------------------------------------
 
     def _sample(self, trainer: Trainer) -> dict[str, Any]:
         """A new batch of rollouts from the weights as they are; what it was like."""
@@ -184,7 +181,9 @@ class GRPO(Callback):
             spare += [group for group, nothing in zip(fresh, flat) if nothing]
             if len(kept) == wanted:
                 break
-        return kept + spare[: wanted - len(kept)], drawn, len(spare) / drawn
+        # In the order they were drawn: minibatches get their share of groups without a signal.
+        groups = sorted(kept + spare[: wanted - len(kept)], key=lambda group: group.prompt.serial)
+        return groups, drawn, len(spare) / drawn
 
     def _judged(self, trainer: Trainer, count: int) -> list[Group]:
         """``count`` new groups, answered and scored."""
@@ -240,8 +239,6 @@ class GRPO(Callback):
             found[rows, : logp_ST.shape[1]] = logp_ST
         return found
 
-    # -- checkpoints ---------------------------------------------------------------------------------------
-
     def on_checkpoint(self, trainer: Trainer) -> dict[str, Tensor]:
         """Prompts drawn, and the batch in use."""
         place = {"grpo/place": torch.tensor([self.serial, self.used])}
@@ -257,45 +254,3 @@ def _number(value: Tensor) -> float | None:
     """A float; None (JSON has no nan) where there is nothing to average."""
     found = float(value)
     return found if math.isfinite(found) else None
-
-
-class _Seen:
-    """Means over the step's tokens or answers, gathered a micro batch at a time."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
-        self.extremes: dict[str, float] = {}
-
-    def add(self, name: str, total: float, count: float) -> None:
-        before = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (before[0] + total, before[1] + count)
-
-    def token(self, name: str, values_ST: Tensor, mask_ST: Tensor) -> None:
-        self.add(name, float((values_ST * mask_ST).sum()), float(mask_ST.sum()))
-
-    def clip(self, side: str, clipped_SL: Tensor, mask_ST: Tensor) -> None:
-        """A share of the tokens, or of the answers where the ratio is an answer's."""
-        if clipped_SL.shape[1] == 1:
-            share_S = clipped_SL[:, 0].float()
-            self.add(f"clip_ratio/{side}_mean", float(share_S.sum()), len(share_S))
-        else:
-            share_S = (clipped_SL & mask_ST).sum(dim=1) / mask_ST.sum(dim=1)
-            self.token(f"clip_ratio/{side}_mean", clipped_SL.float(), mask_ST)
-        if side == "low":
-            name, value, better = "clip_ratio/low_min", float(share_S.min()), min
-        elif side == "high":
-            name, value, better = "clip_ratio/high_max", float(share_S.max()), max
-        else:
-            return
-        self.extremes[name] = better(value, self.extremes.get(name, value))
-
-    def difference(self, plain_ST: Tensor, sampled_ST: Tensor, mask_ST: Tensor) -> None:
-        """Between the log-probabilities of training and those of the engine, from the same weights."""
-        apart_ST = (plain_ST - sampled_ST).abs() * mask_ST
-        name = "sampling/sampling_logp_difference"
-        self.token(f"{name}/mean", apart_ST, mask_ST)
-        self.extremes[f"{name}/max"] = max(float(apart_ST.max()), self.extremes.get(f"{name}/max", 0.0))
-
-    def metrics(self) -> dict[str, float]:
-        means = {name: total / count for name, (total, count) in self.sums.items()}
-        return means | self.extremes
