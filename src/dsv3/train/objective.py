@@ -87,6 +87,7 @@ class LanguageModelling:
         batches = [batch.to(trainer.device) for batch in batches]
         losses = []
         if trainer.pipeline is not None:
+            batches = trainer.pipeline.divided(batches)
             losses.append(trainer.pipeline.accumulate(batches, share, mtp_weight))
         for batch in batches if trainer.pipeline is None else ():
             loss, parts = language_loss(trainer.model, batch, self.length, share, mtp_weight, self.teacher)

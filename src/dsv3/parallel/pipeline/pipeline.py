@@ -126,20 +126,35 @@ class Pipeline:
         self._built = (key, runner)
         return runner
 
-    def _check(self, micro_batches: int) -> None:
+    def divided(self, batches: list[Batch]) -> list[Batch]:
+        """The batches in as many equal pieces as the schedule wants at least; the same gradients in sum."""
+        rows = len(batches[0].tokens_BT)
+        for pieces in (n for n in range(1, rows + 1) if rows % n == 0):
+            if self._misfit(len(batches) * pieces) is None:
+                step = rows // pieces
+                return [batch.slice(at, at + step) for batch in batches for at in range(0, rows, step)]
+        return batches
+
+    def _misfit(self, micro_batches: int) -> str | None:
+        """What the schedule wants and does not get with so many micro-batches."""
         stages = len(self.cut)
         least = {"1f1b": stages, "dualpipev": stages}.get(self.schedule, 1)
         if micro_batches < least:
-            raise UserError(
+            return (
                 f"schedule {self.schedule} with {self.ranks} pipeline ranks needs {least} micro-batches a "
                 f"step, there are {micro_batches}: raise batch.sequences, lower batch.micro_sequences, or "
                 "use zbv"
             )
         if self.schedule == "interleaved" and micro_batches % self.ranks:
-            raise UserError(
+            return (
                 f"schedule interleaved needs a multiple of its pipeline ranks ({self.ranks}) as "
                 f"micro-batches, there are {micro_batches}: change batch.sequences or batch.micro_sequences"
             )
+        return None
+
+    def _check(self, micro_batches: int) -> None:
+        if why := self._misfit(micro_batches):
+            raise UserError(why)
 
     @torch.no_grad()
     def _add_embedding_gradients(self) -> None:
