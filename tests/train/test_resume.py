@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -171,6 +172,22 @@ def test_another_model_is_not_resumed(recipe_tree: dict, tmp_path: Path) -> None
     for change, words in (({"seed": 1}, "seed"), ({"sequence_length": 16}, "sequence_length")):
         with pytest.raises(UserError, match=rf"{words} .* differs from the run"):
             pretrain(recipes.validate(PretrainRecipe, {**tree, **change}), "auto")
+
+
+def test_a_checkpoint_older_than_a_key_goes_on(recipe_tree: dict, tmp_path: Path) -> None:
+    tree = {**recipe_tree, "out": str(tmp_path / "run")}
+    pretrain(recipes.validate(PretrainRecipe, {**tree, "total_tokens": 2 * 8 * 32}))
+    checkpoint = tmp_path / "run/checkpoints/step-000002"
+    state = json.loads((checkpoint / "trainer/state.json").read_text())
+    del state["recipe"]["data"]["mask_documents"], state["recipe"]["start"]
+    text = json.dumps(state)
+    (checkpoint / "trainer/state.json").write_text(text)
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    manifest["files"]["trainer/state.json"] = {"bytes": len(text.encode()), "sha256": digest}
+    (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+    pretrain(recipes.validate(PretrainRecipe, {**tree, "total_tokens": 3 * 8 * 32}), "auto")
+    assert last_step(tmp_path / "run") == 3
 
 
 def test_resume_auto_begins_where_there_is_nothing(recipe_tree: dict, tmp_path: Path) -> None:

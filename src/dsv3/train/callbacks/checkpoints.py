@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dsv3.checkpoint import distributed
@@ -116,7 +117,7 @@ def resume(trainer: Trainer, folder: Path) -> list[str]:
     Returns the keys that are now other than when it was saved, as ``optimizer.lr 0.002 -> 0.001``.
     """
     state = distributed.read_state(folder)
-    before, now = state["recipe"], trainer.recipe.model_dump(mode="json")
+    before, now = _as_read_now(trainer, state["recipe"]), trainer.recipe.model_dump(mode="json")
     for key in now:
         if key in _MAY_CHANGE or before.get(key) == now[key]:
             continue
@@ -173,6 +174,14 @@ def _load_shared(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     distributed.read(folder, wanted)
     trainer.weights.publish()
     return found
+
+
+def _as_read_now(trainer: Trainer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved recipe with the defaults of keys that came since; as it stands where a key of it is gone."""
+    try:
+        return type(trainer.recipe).model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
 
 
 def _differences(before: Any, now: Any, key: str = "") -> list[str]:
