@@ -149,11 +149,15 @@ def test_own_problems(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("{", "1 is no JSON"),
+        ("{", "1 is not JSON"),
         ('{"prompt": 3}', "1: prompt must be a text"),
         ('{"prompt": "a"}', "1: needs solution or answer"),
         ('{"prompt": "a", "task": "sum", "metadata": {}}', "1: task (sum) is unknown (did you mean sums?)"),
-        ('{"prompt": "a", "task": "sums"}', "1: a row with task needs metadata"),
+        ('{"prompt": "a", "task": "sums"}', "1: answer and metadata must be those of task sums"),
+        (
+            '{"prompt": "a", "task": "sums", "answer": "1", "metadata": {"word": "b"}}',
+            "1: answer and metadata must be those of task sums",
+        ),
     ],
 )
 def test_bad_problems_are_named_by_line(tmp_path: Path, row: str, words: str) -> None:
@@ -173,7 +177,7 @@ def test_bad_problems_are_named_by_line(tmp_path: Path, row: str, words: str) ->
         ({"prompts": {"tasks": [{"name": "sum", "count": 1}]}}, r"task \(sum\) is unknown"),
         ({"expert": {"kind": "engine"}}, "expert.model is required"),
         ({"expert": {"kind": "endpoint", "model": "m", "base_url": "localhost"}}, "must be an address"),
-        ({"prompts": {"file": "nowhere.jsonl"}}, r"prompts.file \(nowhere.jsonl\) cannot be read"),
+        ({"prompts": {"file": "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(

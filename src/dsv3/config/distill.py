@@ -32,8 +32,8 @@ class PromptsSection(Recipe):
     seed: int = Field(0, ge=0, description="of the draws from the tasks")
     file: str | None = Field(
         None,
-        description="JSONL of own problems: prompt, and solution or answer (a boxed answer is compared with"
-        " it), or task, answer and metadata as `dsv3 tasks show --json` prints them",
+        description="own problems, JSON lines or parquet: prompt, and solution or answer (a boxed answer is"
+        " compared with it), or task, answer and metadata as `dsv3 tasks show --json` prints them",
     )
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from dsv3.common.files import write_atomic, write_json
 from dsv3.common.progress import Progress
 from dsv3.config import recipe as recipes
 from dsv3.config.distill import DistillRecipe, PromptsSection, RejectionSection
+from dsv3.data import rows
 from dsv3.evaluate import tasks
 from dsv3.evaluate.experts import Answer, Expert, Question, Solver, open_expert
 from dsv3.evaluate.judge import judgement_prompt, written_judgement
@@ -56,36 +57,31 @@ def questions_of(options: PromptsSection) -> list[Question]:
                     f" new {options.split} prompts; set count ({wanted.count}) to {new} at most"
                 )
     if options.file is not None:
-        for question in read_questions(Path(options.file)):
+        for question in read_questions(options.file):
             found.setdefault(question.id, question)
     return list(found.values())
 
 
-def read_questions(path: Path) -> Iterator[Question]:
-    """Problems of a JSONL file; raises :class:`UserError` with file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts.file ({path}) cannot be read: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is no JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+def read_questions(path: str) -> Iterator[Question]:
+    """Problems of a file of rows; raises :class:`UserError` with file and line."""
+    for row, where in rows.read([path]):
+        if not isinstance(row.get("prompt"), str):
             raise UserError(f"{where}: prompt must be a text")
         identifier = str(row.get("id") or hashlib.sha256(row["prompt"].encode()).hexdigest()[:16])
         if row.get("task") is not None:
-            if not isinstance(row.get("metadata"), dict):
-                raise UserError(f"{where}: a row with task needs metadata, as dsv3 tasks show --json has it")
+            facts = row.get("metadata")
             try:
                 task = tasks.get(str(row["task"]))
+                facts = json.loads(facts) if isinstance(facts, str) else dict(facts or {})
+                example = tasks.Example(identifier, task.name, row["prompt"], str(row["answer"]), facts)
+                solution = task.solve(example)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            answer = str(row.get("answer", ""))
-            example = tasks.Example(identifier, task.name, row["prompt"], answer, row["metadata"])
-            solution = task.solve(example)
+            except (KeyError, TypeError, ValueError, IndexError):
+                raise UserError(
+                    f"{where}: answer and metadata must be those of task {row['task']}, as dsv3 tasks show"
+                    " --json has them"
+                ) from None
             original = solution.plain() if solution else None
             yield Question(identifier, row["prompt"], example.row(), solution, original)
             continue
