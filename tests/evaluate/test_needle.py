@@ -142,17 +142,9 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     answers = out / f"{folder.parent.name}-model.json"
     words = [
-        "niah",
-        folder,
-        "--haystack",
-        folder.parent / "text.txt",
-        "--lengths",
-        "96,128",
-        "--out",
-        out,
-        "--depths",
-        "3",
-    ]
+        "niah", folder, "--haystack", folder.parent / "text.txt", "--lengths", "96,128", "--depths", 3,
+        "--out", out,
+    ]  # fmt: skip
     command = [sys.executable, "-m", "dsv3", *map(str, words), "--samples", "200"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
