@@ -16,6 +16,7 @@ from dsv3.cli import (
     convert,
     data,
     distill,
+    doctor,
     evaluate,
     extend,
     generate,
@@ -59,6 +60,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(tasks.app, name="tasks")
+app.add_typer(doctor.app)
 
 
 def main() -> None:

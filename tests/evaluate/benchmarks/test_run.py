@@ -15,8 +15,8 @@ import torch
 from dsv3.common.errors import UserError
 from dsv3.evaluate.benchmarks.base import Benchmark, Question
 from dsv3.evaluate.benchmarks.generated import generated
-from dsv3.evaluate.benchmarks.likelihood import likelihoods, pair
-from dsv3.evaluate.benchmarks.run import describe, read_records, run
+from dsv3.evaluate.benchmarks.likelihood import Likelihood, Pair, likelihoods, pair
+from dsv3.evaluate.benchmarks.run import _ranked, describe, read_records, run
 from dsv3.serve.llm import LLM
 from dsv3.serve.params import SamplingParams
 
@@ -86,6 +86,28 @@ def test_prompts_too_long_lose_their_beginning_and_are_counted(folder: Path, tmp
     assert found["r"]["truncated"] == found["f"]["truncated"] == 1
     _, (record,) = read_records(tmp_path / "f.jsonl")
     assert record["tokens"] <= 8 and record["prompt"] == text
+
+
+def test_what_is_left_of_a_long_context_counts_as_context(folder: Path) -> None:
+    short = LLM(folder, max_length=32, cache_tokens=1024)
+    assert short.tokenizer is not None
+    whole = pair(short.tokenizer, "which of them is right? " * 20, " one of them")
+    size = len(whole.ids) - whole.start
+    (found,) = likelihoods(short, [whole])
+    (same,) = likelihoods(short, [Pair(whole.ids[-32:], 32 - size)])
+    assert found.truncated and not same.truncated and found.logprob == pytest.approx(same.logprob, abs=1e-4)
+    (all_of_it,) = likelihoods(short, [Pair(whole.ids[-32:], 1)])
+    assert all_of_it.logprob < found.logprob < 0
+
+
+def test_characters_are_those_of_the_choice_without_its_space() -> None:
+    question = Question("0", choices=(("Q", " a"), ("Q", " bbb")), gold=1)
+    found = [Likelihood(-1.0, False, False), Likelihood(-2.9, False, False)]
+    assert _ranked(question, found)["scores"] == {
+        "acc": 0.0,
+        "acc_norm": 1.0,
+        "bits_per_byte": pytest.approx(2.9 / 4 / 0.6931471805599453),
+    }
 
 
 def test_only_what_is_missing_is_asked(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
