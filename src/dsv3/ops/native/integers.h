@@ -38,40 +38,45 @@ inline int32_t four(const int8_t* codes) { int32_t x; std::memcpy(&x, codes, 4);
 
 constexpr int64_t AHEAD = 2048;  // bytes: the processor's own prefetching ends at a page's end
 
-// The outputs of block b for R rows.
-template <int kind, int R> inline void block(const Matrix& m, int64_t b, const Row* x, v16* y) {
-    const uint8_t* w = m.values + b * m.row_bytes();
-    const float* scales = m.scales + b * m.row_scales();
-    const float* leasts = m.leasts + b * m.row_scales();
-    const int64_t wide = kind == INT4 ? m.group : TILE, last = padded(m.inputs, SPAN);
-    for (int r = 0; r < R; ++r) y[r] = v16{};
+// B blocks of outputs, from output first on, for R rows.
+template <int kind, int B, int R>
+inline void blocks(const Matrix& m, int64_t first, int64_t last, const Row* x, float* y, int64_t y_stride) {
+    const int64_t bytes = m.row_bytes(), per_block = m.row_scales(), b = first / LANES;
+    const uint8_t* w = m.values + b * bytes;
+    const float *scales = m.scales + b * per_block, *leasts = m.leasts + b * per_block;
+    const int64_t wide = kind == INT4 ? m.group : TILE, end_of_all = padded(m.inputs, SPAN);
+    v16 found[B][R] = {};
     for (int64_t begin = 0; begin < m.inputs; begin += wide) {
-        const int64_t end = std::min(begin + wide, last);
-        i16v whole[R];
+        const int64_t end = std::min(begin + wide, end_of_all);
+        i16v whole[B][R];
         int32_t total[R] = {};
         for (int r = 0; r < R; ++r) {
-            for (int64_t p = begin; p < end; p += PIECE) total[r] += x[r].sums[p / PIECE];
-            whole[r] = i16v{} - (kind == INT8 ? 128 * total[r] : 0);
+            for (int64_t p = begin; p < begin + wide; p += PIECE) total[r] += x[r].sums[p / PIECE];
+            for (int i = 0; i < B; ++i) whole[i][r] = i16v{} - (kind == INT8 ? 128 * total[r] : 0);
         }
         for (int64_t k = begin; k < end; k += kind == INT8 ? 4 : 8, w += 64) {
-            const u16v bytes = load_bytes(w);
-            __builtin_prefetch(w + AHEAD);
-            for (int r = 0; r < R; ++r) {
-                if constexpr (kind == INT8) {
-                    whole[r] = dot(whole[r], bytes, four(x[r].codes + k));
-                } else {
-                    whole[r] = dot(whole[r], bytes & 0x0F0F0F0Fu, four(x[r].codes + k));
-                    whole[r] = dot(whole[r], (bytes >> 4) & 0x0F0F0F0Fu, four(x[r].codes + k + 4));
+            for (int i = 0; i < B; ++i) {
+                const u16v v = load_bytes(w + i * bytes);
+                __builtin_prefetch(w + i * bytes + AHEAD);
+                for (int r = 0; r < R; ++r) {
+                    if constexpr (kind == INT8) {
+                        whole[i][r] = dot(whole[i][r], v, four(x[r].codes + k));
+                    } else {
+                        whole[i][r] = dot(whole[i][r], v & 0x0F0F0F0Fu, four(x[r].codes + k));
+                        whole[i][r] = dot(whole[i][r], (v >> 4) & 0x0F0F0F0Fu, four(x[r].codes + k + 4));
+                    }
                 }
             }
         }
         for (int r = 0; r < R; ++r) {
             const float step = x[r].scales[begin / TILE];
-            if constexpr (kind == INT8) {
-                y[r] += to_float(whole[r]) * step;
-            } else {
-                y[r] += to_float(whole[r]) * (load(scales) * step);
-                y[r] += load(leasts) * (step * total[r]);
+            for (int i = 0; i < B; ++i) {
+                if constexpr (kind == INT8) {
+                    found[i][r] += to_float(whole[i][r]) * step;
+                } else {
+                    found[i][r] += to_float(whole[i][r]) * (load(scales + i * per_block) * step);
+                    found[i][r] += load(leasts + i * per_block) * (step * total[r]);
+                }
             }
         }
         if constexpr (kind == INT4) {
@@ -79,32 +84,32 @@ template <int kind, int R> inline void block(const Matrix& m, int64_t b, const R
             leasts += LANES;
         }
     }
-    if constexpr (kind == INT8)
-        for (int r = 0; r < R; ++r) y[r] *= load(scales);
-}
-
-template <int kind, int R>
-inline void blocks(const Matrix& m, int64_t first, int64_t last, const Row* x, float* y, int64_t y_stride) {
-    v16 found[R];
-    block<kind, R>(m, first / LANES, x, found);
-    for (int r = 0; r < R; ++r) {
-        float* to = y + r * y_stride + first;
-        if (last - first >= LANES) store(to, found[r]);
-        else std::memcpy(to, &found[r], (last - first) * 4);
+    for (int i = 0; i < B; ++i, first += LANES) {
+        for (int r = 0; r < R; ++r) {
+            if constexpr (kind == INT8) found[i][r] *= load(scales + i * per_block);
+            float* to = y + r * y_stride + first;
+            if (last - first >= LANES) store(to, found[i][r]);
+            else std::memcpy(to, &found[i][r], (last - first) * 4);
+        }
     }
 }
 
-// Outputs first (a block's first) to last.
+// B blocks of outputs, from output first on, for all rows.
+template <int kind, int B>
+inline void all_rows(const Matrix& m, int64_t first, int64_t last, const Row* x, int64_t rows, float* y,
+                     int64_t y_stride) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) blocks<kind, B, 4>(m, first, last, x + r, y + r * y_stride, y_stride);
+    for (; r + 2 <= rows; r += 2) blocks<kind, B, 2>(m, first, last, x + r, y + r * y_stride, y_stride);
+    for (; r < rows; ++r) blocks<kind, B, 1>(m, first, last, x + r, y + r * y_stride, y_stride);
+}
+
+// Outputs first (a block's first) to last: two blocks at once, since each of a block's sums waits for the last.
 template <int kind>
 void integer_product(const Matrix& m, int64_t first, int64_t last, const Row* x, int64_t rows, float* y,
                      int64_t y_stride) {
-    for (int64_t o = first; o < last; o += LANES) {
-        int64_t r = 0;
-        for (; r + 8 <= rows; r += 8) blocks<kind, 8>(m, o, last, x + r, y + r * y_stride, y_stride);
-        for (; r + 4 <= rows; r += 4) blocks<kind, 4>(m, o, last, x + r, y + r * y_stride, y_stride);
-        for (; r + 2 <= rows; r += 2) blocks<kind, 2>(m, o, last, x + r, y + r * y_stride, y_stride);
-        for (; r < rows; ++r) blocks<kind, 1>(m, o, last, x + r, y + r * y_stride, y_stride);
-    }
+    for (; first + LANES < last; first += 2 * LANES) all_rows<kind, 2>(m, first, last, x, rows, y, y_stride);
+    if (first < last) all_rows<kind, 1>(m, first, last, x, rows, y, y_stride);
 }
 
 // Byte j of each lane as a number of INT8.
