@@ -209,7 +209,7 @@ def test_kill_nine_then_resume_is_bit_equal(start: Path, pairs_file: Path, tmp_p
         [*command, "--resume", "auto"], capture_output=True, text=True, env=environment, timeout=120
     )
     assert again.returncode == 0, again.stderr
-    assert "resumed from step-" in again.stderr and "RewardModel" in again.stdout
+    assert "resumed from step-" in again.stderr and f"function: model:{out}/model" in again.stdout
     assert same(out / "model", unbroken / "model")
     lines, wanted = (
         [line["loss"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]

@@ -37,9 +37,8 @@ def reward(
 
     read = load(RewardRecipe, recipe, ctx.args)
     finished = run(read, resume) is not None
-    say_end(
-        read, finished, f"{read.out}/model is a reward for dsv3 grpo (dsv3.evaluate.reward_model.RewardModel)"
-    )
+    grpo = f"dsv3 grpo recipes/grpo-tiny.yaml --rewards '[{{function: model:{read.out}/model}}]'"
+    say_end(read, finished, grpo)
 
 
 @app.command()
