@@ -13,13 +13,15 @@ SHORT = {name: case for name, case in LAYOUTS.items() if case.short}
 
 
 def check(name: str, found: dict[str, float]) -> None:
+    # In FP8 tiles of weight gradients span tokens: other micro batches round otherwise, and some tokens near a
+    # tie then choose other experts.
     fp8 = "FP8" in name
     assert found["loss"] < (3e-3 if fp8 else 1e-5)
     assert found["mtp_loss"] < (3e-3 if fp8 else 1e-5)
-    assert found["grad_norm"] < (5e-2 if fp8 else 1e-4)
-    assert found["rerouted"] < (2e-2 if fp8 else 1e-3)
+    assert found["grad_norm"] < (2e-2 if fp8 else 1e-4)
+    assert found["rerouted"] < (0.1 if fp8 else 1e-3)
     for model in ("model", "model-ema"):
-        assert found[f"{model} tensor"] < (0.1 if fp8 else 1e-3)
+        assert found[f"{model} tensor"] < (0.15 if fp8 else 1e-4)
         if not fp8:
             assert found[f"{model} bias"] == 0
 
