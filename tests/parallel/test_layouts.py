@@ -13,8 +13,8 @@ SHORT = {name: case for name, case in LAYOUTS.items() if case.short}
 
 
 def check(name: str, found: dict[str, float]) -> None:
-    # In FP8 tiles of weight gradients span tokens: other micro batches round otherwise, and some tokens near a
-    # tie then choose other experts.
+    # In FP8 tiles of weight gradients span tokens: other micro batches round otherwise, and some tokens near
+    # a tie then choose other experts.
     fp8 = "FP8" in name
     assert found["loss"] < (3e-3 if fp8 else 1e-5)
     assert found["mtp_loss"] < (3e-3 if fp8 else 1e-5)

@@ -41,7 +41,7 @@ def test_a_layout_without_processes_names_torchrun() -> None:
 
 def test_pipeline_and_zero_3_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="use --parallel.zero 1"):
+    with pytest.raises(UserError, match=r"use --parallel\.zero 1"):
         enter(ParallelSection(pipeline=2, zero=3), TINY, CPU)
 
 
