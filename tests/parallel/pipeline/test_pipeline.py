@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dsv3.plan import schedules as planned
 from tests.parallel.ranks import run_ranks
 
 LENGTH, MICRO, SEQUENCES = 8, 6, 2
@@ -137,6 +138,7 @@ def two_or_four(names: list[str]) -> list[dict]:
                 made = pipeline.accumulate(batches, share, mtp_weight)
             if name == "plain":
                 pipeline.part.zero_grad()
+                pipeline.trace.on = True
                 made = pipeline.accumulate(batches, share, mtp_weight)
             errors = {
                 key: _error(p.grad, wanted[key])
@@ -160,6 +162,7 @@ def two_or_four(names: list[str]) -> list[dict]:
                     "wanted layers": sorted(loads),
                     "products": mine,
                     "wanted products": counted,
+                    "ran": [jobs for jobs, _, _ in pipeline.trace.ran],
                     "repeated": sorted(pipeline.repeated),
                     "one embedding": shared is not None
                     and all(each.embedding is shared for each in pipeline.slices if each.begins or each.ends),
@@ -270,6 +273,14 @@ def two() -> list[list[dict]]:
 def test_two_ranks_make_the_step_of_one(two: list[list[dict]], name: str) -> None:
     """Each matrix product exactly once, the same numbers, nothing silently off."""
     _check([[case for case in rank if case["name"] == name] for rank in two])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ranks_do_what_the_plan_simulates_in_its_order(two: list[list[dict]], name: str) -> None:
+    """So that ``dsv3 plan pipeline`` speaks of what runs."""
+    for order, cases in zip(planned.schedule(name, 2, MICRO).orders, two):
+        (case,) = (c for c in cases if c["name"] == "plain" and c["schedule"] == name)
+        assert [tuple(planned.Job(*job) for job in jobs) for jobs in case["ran"]] == list(order)
 
 
 def test_fp8_really_was_in_fp8(two: list[list[dict]]) -> None:
