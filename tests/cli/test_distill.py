@@ -113,3 +113,23 @@ def test_recipes_that_ship_are_valid(name: str) -> None:
     else:
         tree = yaml.safe_load(path.read_text())
         assert set(tree) <= set(RewardRecipe.model_fields)
+
+
+def test_interrupted_says_how_to_go_on(dsv3: Run, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv3.evaluate.experts import Solver
+
+    whole = Solver.answer
+
+    def interrupted(self: Solver, questions):  # type: ignore[no-untyped-def]
+        for number, found in enumerate(whole(self, questions)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr(Solver, "answer", interrupted)
+    code, said, _ = dsv3("distill", recipe)
+    assert code == 130 and "stopped; nothing is lost. Go on with: dsv3 distill" in said
+    monkeypatch.setattr(Solver, "answer", whole)
+    resumed = str(Path(recipe).parent / "out/recipe.yaml")  # what it named
+    code, said, _ = dsv3("distill", resumed, "--resume", "auto")
+    assert code == 0 and "all" in said

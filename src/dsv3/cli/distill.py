@@ -40,7 +40,13 @@ def distill(
 
     from dsv3.train.distill import distill as run
 
-    report = run(loaded, resume=resume == "auto")
+    try:
+        report = run(loaded, resume=resume == "auto")
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped; nothing is lost. Go on with: dsv3 distill {loaded.out}/recipe.yaml --resume auto"
+        )
+        raise
     if as_json:
         typer.echo(json.dumps(report))
     else:
