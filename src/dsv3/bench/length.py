@@ -2,7 +2,8 @@
 
 Attention runs by blocks of queries and the loss by chunks of logits, so nothing of T x T or T x V is ever
 there and memory should grow with T. Each length is a process of its own (the worker of ``dsv3 bench train``).
-The fitted curve is a + b T^p: a is weights, gradients, moments and the libraries themselves.
+The fitted curve is a + b T^p: a is weights, moments and the libraries themselves. Below about a thousand
+tokens the peak is the optimizer's, not the activations', and says nothing of T.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def bench(
                     "model": shape, "threads": threads, "recompute": setting,
                 }  # fmt: skip
                 with Worker(job) as worker:
+                    worker.ask("step")  # makes the moments: without them the first step would peak at its end
                     seconds[setting][length] = round(worker.ask("step")["seconds"], 3)
                     peaks[setting][length] = worker.ask("memory")["bytes"]
                 progress.note(f"{length}: {peaks[setting][length] / 2**20:.0f} MiB")
@@ -91,21 +93,21 @@ def report(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Peak memory against length on two logarithmic axes, and the line of slope 1 from the longest."""
+    """Peak memory against length, and the fitted curves."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.9), layout="constrained", dpi=130)
     axis = figure.subplots()
     for setting, peaks in result["peak_bytes"].items():
         found = result["fits"][setting]
-        grown = [max(1.0, peak - found["base"]) / 2**20 for peak in peaks.values()]
-        curve = [found["factor"] * length ** found["exponent"] / 2**20 for length in peaks]
+        lengths = np.linspace(0, max(peaks), 100)
+        curve = (found["base"] + found["factor"] * lengths ** found["exponent"]) / 2**20
         name = f"recompute {setting}: T^{found['exponent']:.2f}"
-        (line,) = axis.plot(list(peaks), grown, marker="o", markersize=4, linestyle="", label=name)
-        axis.plot(list(peaks), curve, color=line.get_color(), linewidth=1.0)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set(xlabel="tokens of the sequence", ylabel="MiB beside weights and libraries")
+        sizes = [peak / 2**20 for peak in peaks.values()]
+        (line,) = axis.plot(list(peaks), sizes, marker="o", markersize=4, linestyle="", label=name)
+        axis.plot(lengths, curve, color=line.get_color(), linewidth=1.0)
+    axis.set(xlabel="tokens of the sequence", ylabel="peak memory (MiB)")
+    axis.set_ylim(bottom=0)
     axis.grid(True, color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
