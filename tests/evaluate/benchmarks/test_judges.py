@@ -20,6 +20,7 @@ from tests.evaluate.benchmarks import package
         (" The Sunset Boulevard.", [["Sunset Blvd"], ["sunset boulevard"]], 1, 1),
         (" Sunset\nQuestion: more", [["Sunset Boulevard"]], 0, 2 / 3),
         ("<think>Paris</think>London", [["Paris"]], 0, 0),
+        ("<think>no</think>Paris", [["Paris"]], 1, 1),
         ("\\boxed{London}", [["london"]], 1, 1),
         (" 1,200", [["1200"]], 1, 1),
         (" 1201 men", [["1200 men"]], 0, 0),  # another number is no half of an answer
