@@ -23,7 +23,7 @@ from dsv3.config.reward import RewardRecipe
 from dsv3.config.train import check_vocabulary
 from dsv3.data.permutation import combine, permute
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.evaluate.preferences import Accuracy, Pair, encode_pairs, is_held_out, padded, read_rows
+from dsv3.evaluate.preferences import Pair, encode_pairs, is_held_out, padded, read_rows
 from dsv3.evaluate.reward_model import pair_accuracy
 from dsv3.model import DeepSeekV3
 from dsv3.model.moe import RouterStats
@@ -83,7 +83,6 @@ class HeldOutPairs(Callback):
 
     def __init__(self, run: RunFolder, pairs: Sequence[Pair], pad_id: int, every: int):
         self.run, self.pairs, self.pad_id, self.every = run, pairs, pad_id, every
-        self.last: Accuracy | None = None
         self.last_step = -1
 
     def measure(self, trainer: Trainer) -> None:
@@ -93,7 +92,7 @@ class HeldOutPairs(Callback):
         trainer.model.eval()
         found, loss = pair_accuracy(trainer.model, self.pairs, self.pad_id)
         trainer.model.train()
-        self.last, self.last_step = found, trainer.state.step
+        self.last_step = trainer.state.step
         self.run.metric(
             {
                 "step": trainer.state.step, "tokens": trainer.state.tokens, "held_out_loss": loss,
