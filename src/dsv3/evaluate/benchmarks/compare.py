@@ -70,6 +70,7 @@ def draw(rows: list[dict[str, Any]], first: str, second: str, path: Path) -> Non
         )  # fmt: skip
     labels = [f"{row['task']} {row['score']} (n={row['n']})" for row in reversed(rows)]
     axes.set_yticks(range(len(rows)), labels)
+    axes.locator_params(axis="x", nbins=6)
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_xlabel(f"{second} minus {first}, 95 % interval")
     figure.savefig(path, dpi=120)
