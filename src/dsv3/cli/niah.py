@@ -32,18 +32,14 @@ def niah(
     as_json: bool = typer.Option(False, "--json", help="print the share found, a length and depth, as JSON"),
 ) -> None:
     """Hide a sentence in a long text and ask for it: found, at which depth, up to which length?"""
-    from dsv3.common.errors import UserError
-    from dsv3.evaluate.needle import Grid, measure, scores
+    from dsv3.evaluate.needle import Grid, check, measure, scores
     from dsv3.evaluate.needle_plot import draw
 
     places = tuple(round(i / max(1, depths - 1), 4) for i in range(depths))
     grid = Grid(tokens(lengths), places, samples, distractors, seed)
     names = _names(folders)
-    if not out.is_dir():
-        try:
-            out.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--out ({out}) cannot be made: {error.strerror}") from None
+    for folder in folders:  # all of them before the first is asked
+        check(folder)
     results = [
         (name, measure(folder, haystack, grid, out / f"{name}.json", source=source))
         for name, folder in zip(names, folders)

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from dsv3.checkpoint.hf import load
+from dsv3.checkpoint.hf import load, read_config
 from dsv3.common.errors import UserError
 from dsv3.common.files import write_json
 from dsv3.common.progress import Progress
 from dsv3.data.needles import KEYS, VALUES, needle, question
 from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.data.writable import writable
 from dsv3.serve.llm import LLM
 from dsv3.serve.params import SamplingParams
 
@@ -154,7 +155,7 @@ def measure(
     ``max_position_embeddings`` are asked all the same, positions simply go on. Raises :class:`UserError` for
     bad input and for an ``out`` of another model, text or seed.
     """
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = check(folder)
     text = Haystack.open(haystack, tokenizer, source)
     plan = [(length, sample) for length in sorted(grid.lengths) for sample in range(grid.samples)]
     for length in grid.lengths:
@@ -171,6 +172,7 @@ def measure(
         if (missing := [t for t in trials(text, grid, length, sample) if _name(t) not in have])
     ]
     if todo:
+        writable(out.parent, "--out")
         llm = _llm(folder, max(grid.lengths), **options)
         budget = max(len(tokenizer.encode(f"{value}.")) for value in VALUES)
         params = SamplingParams(max_tokens=budget, temperature=0)
@@ -186,6 +188,12 @@ def measure(
                 progress.advance(sum(trial.length for trial in group))
                 write_json(out, {**about, "cells": cells})
     return {**about, "cells": cells}
+
+
+def check(folder: Path) -> Tokenizer:
+    """The tokenizer of a model's folder; :class:`UserError` where either is missing."""
+    read_config(folder)
+    return Tokenizer.load(folder)
 
 
 def scores(result: dict[str, Any]) -> tuple[list[int], list[float], np.ndarray]:
@@ -228,6 +236,7 @@ def _found(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _llm(folder: Path, longest: int, **options: Any) -> LLM:
+    """The engine over a model that takes prompts of ``longest`` tokens, whatever it was made for."""
     model = load(folder)
     if longest > model.config.max_position_embeddings:
         model.config = model.config.model_copy(update={"max_position_embeddings": longest + 16})
