@@ -225,6 +225,18 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Make the default process group.
+
+    After a restart torchrun's launcher may still hold the addresses that dead processes left in its store
+    (torch 2.13 with static rendezvous, its default): every attempt gets keys of its own.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"dsv3/attempt-{attempt}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=timeout)
+
+
 def enter(section: ParallelSection, config: ModelConfig, device: torch.device) -> World:
     """The world torchrun made (its environment variables), laid out as the recipe asks.
 
@@ -240,8 +252,7 @@ def enter(section: ParallelSection, config: ModelConfig, device: torch.device) -
             f"{layout.pipeline}) runs its layers in pieces: use --parallel.zero 1"
         )
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=section.timeout_seconds))
+        _meet("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=section.timeout_seconds))
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     meshes = make_meshes(layout, device.type)
     beside = dist.new_group(backend="gloo", timeout=timedelta(seconds=section.timeout_seconds))
