@@ -1,9 +1,8 @@
 """Matrices kept for running on a CPU: dense, INT8 or INT4, multiplied as they are (ops/packed.py).
 
 To run a model, not to train it: no gradient, activations FP32 (rounded to 8 bits where integers multiply
-them). Quantised are the matrices of attention, dense
-MLPs, shared and routed experts, the MTP modules' ``eh_proj`` and the head; the embedding becomes BF16; gates,
-norms and selection biases stay as they are.
+them). Quantised are the matrices of attention, dense MLPs, shared and routed experts, the MTP modules'
+``eh_proj`` and the head; the embedding becomes BF16; gates, norms and selection biases stay as they are.
 
 Shapes: O outputs, I inputs, E experts, M rows sorted by expert, D hidden.
 """
