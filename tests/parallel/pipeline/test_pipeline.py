@@ -43,13 +43,13 @@ def _model(depth: int = 1, fp8: bool = False, recompute: str = "none") -> Any:
     return model
 
 
-def _batches(documents: bool, seed: int = 3) -> list[Any]:
+def _batches(documents: bool, seed: int = 3, count: int = MICRO) -> list[Any]:
     import torch
 
     from dsv3.data.loader import Batch
 
     generator, width = torch.Generator().manual_seed(seed), LENGTH + 3
-    rows = [torch.randint(61, (SEQUENCES, width), generator=generator) for _ in range(MICRO)]
+    rows = [torch.randint(61, (SEQUENCES, width), generator=generator) for _ in range(count)]
     starts = torch.rand(SEQUENCES, width, generator=generator) < 0.2
     return [Batch(row, starts.cumsum(1).int() if documents else None) for row in rows]
 
@@ -120,11 +120,12 @@ def two_or_four(names: list[str]) -> list[dict]:
 
     dist.init_process_group("gloo")
     group = dist.group.WORLD
+    micro = MICRO if dist.get_world_size() == 2 else 8  # DualPipeV: one a stage at least
     found = []
     for name in names:
         schedules, variant = VARIANTS[name][0], dict(VARIANTS[name][1])
         mtp_weight, documents = variant.pop("mtp_weight", 0.3), variant.pop("documents", False)
-        model, batches = _model(**variant), _batches(documents)
+        model, batches = _model(**variant), _batches(documents, count=micro)
         share = _share(batches, variant.get("depth", 1))
         counted: Counter[str] = Counter()
         with _products(counted, name == "plain"):
