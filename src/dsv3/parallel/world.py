@@ -204,11 +204,6 @@ class World:
             "--max-restarts N starts again, --resume auto goes on from the last checkpoint"
         )
 
-    def close(self) -> None:
-        """Leave."""
-        if self.meshes is not None:
-            dist.destroy_process_group()
-
 
 def biases(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
     """The experts' selection biases of the layers that are here, by name."""
@@ -259,4 +254,4 @@ def enter(section: ParallelSection, config: ModelConfig, device: torch.device) -
     return World(layout, meshes, section.zero, section.schedule, node_size, beside)
 
 
-__all__ = ["Piece", "World", "biases", "enter", "local_device"]
+__all__ = ["World", "biases", "enter", "local_device"]
