@@ -204,6 +204,11 @@ class World:
             "--max-restarts N starts again, --resume auto goes on from the last checkpoint"
         )
 
+    def close(self) -> None:
+        """Leave, when nothing more is to be sent."""
+        if self.meshes is not None:
+            dist.destroy_process_group()
+
 
 def biases(model: DeepSeekV3) -> Iterator[tuple[str, Tensor]]:
     """The experts' selection biases of the layers that are here, by name."""
