@@ -2,6 +2,7 @@
 
 Attention runs by blocks of queries and the loss by chunks of logits, so nothing of T x T or T x V is ever
 there and memory should grow with T. Each length is a process of its own (the worker of ``dsv3 bench train``).
+There the C library gives freed tensors back at once: the peak is what is in use, not what it keeps for later.
 The fitted curve is a + b T^p: a is weights, moments and the libraries themselves. Below about a thousand
 tokens the peak is the optimizer's, not the activations', and says nothing of T.
 """
@@ -51,7 +52,7 @@ def bench(
                     "peer": "ours", "device": "cpu", "precision": "fp32", "sequences": 1, "length": length,
                     "model": shape, "threads": threads, "recompute": setting,
                 }  # fmt: skip
-                with Worker(job) as worker:
+                with Worker(job, MALLOC_MMAP_THRESHOLD_="65536") as worker:
                     worker.ask("step")  # makes the moments: without them the first step would peak at its end
                     seconds[setting][length] = round(worker.ask("step")["seconds"], 3)
                     peaks[setting][length] = worker.ask("memory")["bytes"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from statistics import median
@@ -43,11 +44,12 @@ CASES: dict[str, dict[str, Any]] = {
 class Worker:
     """A contestant's process."""
 
-    def __init__(self, job: dict[str, Any]):
+    def __init__(self, job: dict[str, Any], **environment: str):
         self.peer = job["peer"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dsv3.bench.train_worker", json.dumps(job)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, **environment},
         )  # fmt: skip
 
     def ask(self, what: str) -> dict[str, Any]:
