@@ -41,7 +41,7 @@ lint: $(VENV)/ready         ## ruff, mypy, and DESIGN's floors
 	$(BIN)/lint-imports
 
 docs: $(VENV)/ready         ## the documentation as a site in build/site, readable without a network
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 format: $(VENV)/ready       ## put the code into its form
 	$(BIN)/ruff check --fix --quiet src tests
