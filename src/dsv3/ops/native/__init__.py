@@ -77,19 +77,28 @@ def _build(name: str) -> Path:
     return target
 
 
+def find(name: str) -> ctypes.CDLL | str:
+    """The compiled functions of a file here, or why there are none."""
+    if os.environ.get("DSV3_NATIVE") == "0":
+        return "DSV3_NATIVE=0"
+    try:
+        return ctypes.CDLL(str(_build(name)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return str(error)
+
+
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """The compiled functions of a file here, or None (said once in the log) where there are none."""
-    if os.environ.get("DSV3_NATIVE") == "0":
-        log.info("CPU kernels (%s): plain PyTorch (DSV3_NATIVE=0)", name)
-        return None
-    try:
-        found = ctypes.CDLL(str(_build(name)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        log.warning("CPU kernels (%s): plain PyTorch, several times slower (%s)", name, error)
-        return None
-    log.info("CPU kernels (%s): compiled", name)
-    return found
+    found = find(name)
+    if not isinstance(found, str):
+        log.info("CPU kernels (%s): compiled", name)
+        return found
+    if os.environ.get("DSV3_NATIVE") == "0":  # as asked
+        log.info("CPU kernels (%s): plain PyTorch (%s)", name, found)
+    else:
+        log.warning("CPU kernels (%s): plain PyTorch, several times slower (%s)", name, found)
+    return None
 
 
 def usable(x: Tensor, name: str) -> bool:
