@@ -18,6 +18,7 @@ def test_the_exponent_is_that_of_the_growth(power: float) -> None:
     assert found["base"] == pytest.approx(10**9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_step_is_linear_in_its_length(tmp_path: Path) -> None:
     model = {**MODEL, "hidden_size": 128, "num_attention_heads": 8, "num_nextn_predict_layers": 0}
     result = bench([1024, 2048, 3072, 4096], model, ["none"], threads=1)

@@ -80,7 +80,9 @@ def test_chat_keeps_its_history_and_reads_it_from_the_cache(
     assert messages[-1]["role"] == "assistant" and "shorten it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quantize", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize(
+    "quantize", [*(pytest.param(q, marks=pytest.mark.slow) for q in ("fp8", "int8")), "int4"]
+)
 def test_quantized_weights(folder: Path, quantize: str) -> None:
     done = dsv3("generate", str(folder), "--prompt", "some", "--max-tokens", "6", "--quantize", quantize)
     assert done.returncode == 0, done.stderr

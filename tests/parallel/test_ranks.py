@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dsv3.train.run import read_lines
 from tests.parallel.layouts import tree
 from tests.parallel.ranks import run_ranks
@@ -39,6 +41,7 @@ def train(trees: list[dict[str, Any]]) -> None:
         pretrain(recipes.validate(PretrainRecipe, run), None)
 
 
+@pytest.mark.slow
 def test_slow_and_broken_ranks_are_named(tmp_path: Path) -> None:
     data = prepare_words(tmp_path)
     parallel = {"parallel": {"expert": 2}}

@@ -76,7 +76,13 @@ def test_the_second_phase_begins_with_the_firsts_weights(
     assert last is not None and same(last / "model", unbroken / "phase-2" / "model")
 
 
-@pytest.mark.parametrize("checkpoint", ["phase-1/checkpoints/step-000002", "phase-2/checkpoints/step-000004"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        "phase-1/checkpoints/step-000002",
+        pytest.param("phase-2/checkpoints/step-000004", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_extension_ends_as_an_unbroken_one(
     prepared: Path, start: Path, unbroken: Path, tmp_path: Path, checkpoint: str
 ) -> None:

@@ -191,6 +191,7 @@ def test_a_rule_is_learnt_and_the_model_is_a_reward_function(
         RewardModel(load(make().start or ""), tokenizer)
 
 
+@pytest.mark.slow
 def test_kill_nine_then_resume_is_bit_equal(start: Path, pairs_file: Path, tmp_path: Path) -> None:
     unbroken = reward(recipes.validate(RewardRecipe, tree_of(start, pairs_file, tmp_path / "one", epochs=2)))
     assert unbroken is not None
