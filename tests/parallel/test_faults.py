@@ -171,6 +171,7 @@ def test_a_killed_rank_and_torchrun_starts_again(
         verify(folder)
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_named(data: Path, tmp_path: Path) -> None:
     """A rank that no longer runs: the other ends after the time-out and says which."""
     out = tmp_path / "run"
@@ -190,6 +191,7 @@ def test_a_hung_rank_is_named(data: Path, tmp_path: Path) -> None:
     assert "--resume auto goes on from the last checkpoint" in text
 
 
+@pytest.mark.slow
 def test_sigterm_stops_all_ranks_after_the_same_step(data: Path, unbroken: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     path = tmp_path / "recipe.yaml"

@@ -74,6 +74,7 @@ def places(_: None) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_neighbours() -> None:
     """Eight ranks, two stages of four: experts innermost."""
     found = run_ranks(8, "tests.parallel.test_layout:places")
