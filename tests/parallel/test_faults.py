@@ -62,6 +62,7 @@ def same_losses(out: Path, unbroken: Path, first: int = 1) -> None:
         assert loss == pytest.approx(wanted[step], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_any_layout(data: Path, unbroken: Path, tmp_path: Path) -> None:
     """One process to 4 (pipeline and experts), 4 to 2 (FSDP2), 2 to 1, and 4 back to 1."""
     run_ranks(

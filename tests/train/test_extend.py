@@ -83,6 +83,7 @@ def test_the_second_phase_begins_with_the_firsts_weights(
         pytest.param("phase-2/checkpoints/step-000004", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_killed_extension_ends_as_an_unbroken_one(
     prepared: Path, start: Path, unbroken: Path, tmp_path: Path, checkpoint: str
 ) -> None:

@@ -45,6 +45,7 @@ def told(out: Path, name: str) -> list[dict]:
     return [{k: v for k, v in line.items() if not k.endswith(clocks)} for line in lines]
 
 
+@pytest.mark.slow
 def test_kill_nine_then_resume_is_bit_equal(tree: dict, tmp_path: Path) -> None:
     unbroken = grpo(recipes.validate(GRPORecipe, {**tree, "out": str(tmp_path / "unbroken")}))
     assert unbroken is not None
