@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -42,3 +43,11 @@ def test_fp8_row_is_laid_out_as_flashmla() -> None:
     assert torch.equal(scales, rows[1, :512].view(4, 128).abs().amax(dim=1) / 448)
     torch.testing.assert_close((numbers * scales[:, None]).flatten(), cache.read(1, slice(3, 4))[0, :512])
     assert torch.equal(rope, rows[1, 512:].bfloat16())
+
+
+def test_rows_nobody_wrote_take_no_memory() -> None:
+    before = psutil.Process().memory_info().rss
+    cache = LatentCache(4, 32768, 512, 0, "float32", torch.float32)
+    assert cache.nbytes == 2**28
+    assert psutil.Process().memory_info().rss - before < 2**26
+    assert not cache.read(3, slice(32767, 32768)).any()

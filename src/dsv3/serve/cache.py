@@ -10,6 +10,7 @@ Shapes: N tokens written, M rows read, C latent, R rope, X = C + R, S slots (row
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class LatentCache:
         self.latent, self.rope, self.kind, self.dtype = latent, rope, kind, dtype
         self.tiles = -(-latent // TILE)
         width = row_bytes(latent, rope, kind) if kind == "fp8" else latent + rope
-        self.rows = torch.zeros(layers, slots, width, dtype=FORMATS[kind], device=device)
+        self.rows = _zeros((layers, slots, width), FORMATS[kind], torch.device(device))
 
     @property
     def nbytes(self) -> int:
@@ -70,3 +71,10 @@ class LatentCache:
         shape = torch.Size((values.shape[0], self.latent))
         q = Quantised(values.view(E4M3.dtype), scales.view(torch.float32), shape, ROW, E4M3)
         return torch.cat((dequantise(q).to(self.dtype), rope.view(torch.bfloat16).to(self.dtype)), dim=-1)
+
+
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes its zeros; numpy asks the system for zeroed pages, and a page nobody used takes no memory.
+    return torch.from_numpy(np.zeros((*shape[:2], shape[2] * dtype.itemsize), dtype=np.uint8)).view(dtype)
