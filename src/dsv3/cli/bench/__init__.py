@@ -1,0 +1,17 @@
+"""``dsv3 bench``: measured beside named peers in the same run. One module a verb, registered by import."""
+
+from dsv3.cli.bench import train, fp8, pipeline, convert, decode, serve, deployment, evaluate, length  # noqa: I001 (help order)
+from dsv3.cli.bench.group import app
+
+__all__ = [
+    "app",
+    "convert",
+    "decode",
+    "deployment",
+    "evaluate",
+    "fp8",
+    "length",
+    "pipeline",
+    "serve",
+    "train",
+]
