@@ -29,10 +29,10 @@ quickstart: $(VENV)/ready   ## train a tiny model, sample from it, draw the pict
 	$(BIN)/dsv3 quickstart
 
 test: $(VENV)/triton        ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-all: $(VENV)/triton    ## also the slow, GPU and network tests
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m '' -n logical --dist loadfile
 
 lint: $(VENV)/ready         ## ruff, mypy, and DESIGN's floors
 	$(BIN)/ruff check src tests

@@ -1,6 +1,11 @@
-"""What every test shares: two threads, a fixed seed, quick and repeatable hypothesis runs."""
+"""What every test shares: one thread (several test processes run at once), a fixed seed, the same examples."""
 
 from __future__ import annotations
+
+import os
+
+# Before torch is imported; the processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -15,7 +20,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("dsv3")
-torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
