@@ -1,4 +1,4 @@
-"""What every test shares: one thread (several test processes run at once), a fixed seed, the same examples."""
+"""What every test shares: one thread (test processes run side by side), a fixed seed, the same examples."""
 
 from __future__ import annotations
 
