@@ -26,7 +26,8 @@ WORDS, WIDTH = 23, 6
 
 def drawn(seed: int, rows: int = 5, scale: float = 2.0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(scale * torch.randn(rows, WORDS, generator=generator) for _ in range(2))  # type: ignore
+    student, teacher = scale * torch.randn(2, rows, WORDS, generator=generator)
+    return student, teacher
 
 
 def reference(student: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Tensor:

@@ -69,6 +69,7 @@ def syscall(number: int, *arguments: Any) -> int:
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    """mount(2); None as ``kind`` where a tree is only moved or bound."""
     call(
         "mount",
         source.encode(),
@@ -239,6 +240,7 @@ def limit(memory: int, cpu: int, processes: int, file_size: int) -> None:
 
 
 def main() -> None:
+    """Shut the doors, say so, become ``program.py``; exit code 125 where a door would not shut."""
     base, level, *numbers = sys.argv[1:9]
     status, tied, memory, cpu, processes, disk = map(int, numbers)
     read, path = sys.argv[9 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +161,18 @@ def draw(run: Path) -> list[Path]:
 
 
 class Plots(Callback):
-    """Draws now and then, and at the end."""
+    """Draws now and then, and at the end. ``draw``: of a run's folder, gives the pictures' paths."""
 
-    def __init__(self, run: RunFolder):
-        self.run = run
+    def __init__(self, run: RunFolder, draw: Callable[[Path], list[Path]] = draw):
+        self.run, self.draw = run, draw
         self.last = time.monotonic()
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """When two minutes have passed since the last drawing."""
         if time.monotonic() - self.last > EVERY_SECONDS:
-            draw(self.run.path)
+            self.draw(self.run.path)
             self.last = time.monotonic()
 
     def on_end(self, trainer: Trainer) -> None:
         """The whole run."""
-        draw(self.run.path)
+        self.draw(self.run.path)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
-from dsv3.train.callbacks.plots import EVERY_SECONDS, blank
-from dsv3.train.run import RunFolder, read_lines
-from dsv3.train.trainer import Callback, StepReport, Trainer
+from dsv3.train.callbacks.plots import blank
+from dsv3.train.run import read_lines
 
 # What a panel shows: metrics.jsonl's key, the axis.
 WATCHED = {
@@ -81,21 +79,3 @@ def draw(run: Path) -> list[Path]:
     draw_reward(lines, paths[0])
     draw_watched(lines, paths[1])
     return paths
-
-
-class GRPOPlots(Callback):
-    """Draws now and then, and at the end."""
-
-    def __init__(self, run: RunFolder):
-        self.run = run
-        self.last = time.monotonic()
-
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        """When two minutes have passed since the last drawing."""
-        if time.monotonic() - self.last > EVERY_SECONDS:
-            draw(self.run.path)
-            self.last = time.monotonic()
-
-    def on_end(self, trainer: Trainer) -> None:
-        """The whole run."""
-        draw(self.run.path)

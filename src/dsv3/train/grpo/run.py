@@ -8,10 +8,11 @@ from dsv3.checkpoint.hf import tokenizer_files
 from dsv3.config.grpo import GRPORecipe
 from dsv3.config.train import check_vocabulary
 from dsv3.data.tokenizer import Tokenizer
+from dsv3.train.callbacks.plots import Plots
 from dsv3.train.grpo.completions import Completions
 from dsv3.train.grpo.evaluation import HeldOutTasks
 from dsv3.train.grpo.objective import GRPO
-from dsv3.train.grpo.plots import GRPOPlots
+from dsv3.train.grpo.plots import draw
 from dsv3.train.grpo.prompts import Prompts
 from dsv3.train.grpo.rewards import resolve
 from dsv3.train.grpo.rollouts import Rollouts
@@ -50,5 +51,5 @@ def grpo(recipe: GRPORecipe, resume_from: str | None = None) -> Path | None:
     callbacks: list[Callback] = [objective]
     if recipe.evaluation.examples and recipe.tasks:
         callbacks.append(HeldOutTasks(run, recipe, prompts, rollouts))
-    callbacks.append(GRPOPlots(run))
+    callbacks.append(Plots(run, draw))
     return train_stage(recipe, model, objective, run, checkpoint, tokenizer_files(recipe.start), callbacks)
