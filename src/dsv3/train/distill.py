@@ -28,12 +28,11 @@ from dsv3.evaluate.experts import Answer, Expert, Question, Solver, open_expert
 from dsv3.evaluate.judge import judgement_prompt, written_judgement
 from dsv3.evaluate.rejection import ERROR, WRONG, judge, select
 from dsv3.evaluate.rewards import Rewards, boxed_reward, task_reward
+from dsv3.evaluate.tasks.draw import different
 from dsv3.evaluate.verify import outside_thought
 from dsv3.train.distill_report import draw, summary
 
 Attempt = dict[str, Any]  # a line of attempts.jsonl
-
-REPEATS = 1000  # draws in a row that bring nothing new: a task has no more prompts
 
 
 def questions_of(options: PromptsSection) -> list[Question]:
@@ -41,21 +40,17 @@ def questions_of(options: PromptsSection) -> list[Question]:
     found: dict[str, Question] = {}
     for wanted in options.tasks:
         task = tasks.get(wanted.name, wanted.difficulty, options.seed)
-        index = repeats = new = 0
-        while new < wanted.count:
-            example = task.sample(index, options.split)
-            index += 1
-            repeats += 1
-            if example.id not in found:
-                solution = task.solve(example)
-                original = solution.plain() if solution else None
-                found[example.id] = Question(example.id, example.prompt, example.row(), solution, original)
-                new, repeats = new + 1, 0
-            if repeats == REPEATS:
-                raise UserError(
-                    f"prompts.tasks: {wanted.name} at difficulty {wanted.difficulty} has no more than {new}"
-                    f" new {options.split} prompts; set count ({wanted.count}) to {new} at most"
-                )
+        examples = list(different(task, wanted.count, options.split, known=found))
+        if len(examples) < wanted.count:
+            raise UserError(
+                f"prompts.tasks: {wanted.name} at difficulty {wanted.difficulty} has no more than"
+                f" {len(examples)} new {options.split} prompts; set count ({wanted.count}) to"
+                f" {len(examples)} at most"
+            )
+        for example in examples:
+            solution = task.solve(example)
+            original = solution.plain() if solution else None
+            found[example.id] = Question(example.id, example.prompt, example.row(), solution, original)
     if options.file is not None:
         for question in read_questions(options.file):
             found.setdefault(question.id, question)

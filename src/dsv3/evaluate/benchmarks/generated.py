@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from dsv3.common.errors import UserError
 from dsv3.evaluate.benchmarks.base import Benchmark, Question, Scores
-from dsv3.evaluate.tasks import Example, Split, Task, get
+from dsv3.evaluate.tasks import Example, Split, Task
+from dsv3.evaluate.tasks.draw import different, named
 
 SAMPLES = 200
 SHOTS = 4
-TRIES = 20  # draws for each example wanted: the small ones run out
 
 
 def generated(
@@ -27,11 +27,8 @@ def generated(
 
     There are fewer where the task has fewer. Raises :class:`UserError` for a name or difficulty unknown.
     """
-    bare, _, level = name.partition(":")
-    if level and not level.isdigit():
-        raise UserError(f"task ({name}): the difficulty after the colon must be from 1 to 5")
-    task = get(bare, int(level or 1), seed)
-    examples = _different(task, samples, split)
+    task = named(name, seed)
+    examples = list(different(task, samples, split))
     head = "" if chat else _head(task)
     questions = [
         Question(
@@ -58,16 +55,6 @@ def generated(
     )  # fmt: skip
 
 
-def _different(task: Task, count: int, split: Split) -> list[Example]:
-    found: dict[str, Example] = {}
-    for index in range(TRIES * count):
-        example = task.sample(index, split)
-        found.setdefault(example.id, example)
-        if len(found) == count:
-            break
-    return list(found.values())
-
-
 def _ask(prompt: str) -> str:
     return f"Question: {prompt}\nAnswer:"
 
@@ -75,8 +62,7 @@ def _ask(prompt: str) -> str:
 def _head(task: Task) -> str:
     """Worked examples of the training split."""
     shots: list[str] = []
-    for index in range(TRIES * SHOTS):
-        example = task.sample(index, "train")
+    for example in different(task, 20 * SHOTS):  # some have no solution
         solution = task.solve(example)
         if solution is not None and len(shots) < SHOTS:
             steps = f"{solution.reasoning}\n" if solution.reasoning else ""

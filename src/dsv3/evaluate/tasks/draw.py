@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dsv3.common.errors import UserError
@@ -20,9 +20,13 @@ def named(name: str, seed: int = 0) -> Task:
     return get(bare, int(level or 1), seed)
 
 
-def different(task: Task, count: int, split: Split = "train") -> Iterator[Example]:
-    """The first ``count`` different examples of a split, in a fixed order; fewer where there are no more."""
-    seen: set[str] = set()
+def different(task: Task, count: int, split: Split = "train", known: Iterable[str] = ()) -> Iterator[Example]:
+    """The first ``count`` different examples of a split, in a fixed order; fewer where there are no more.
+
+    ``known``: ids that do not count as different.
+    """
+    seen = set(known)
+    count += len(seen)
     index = vain = 0
     while len(seen) < count and vain < IN_VAIN:
         example = task.sample(index, split)
