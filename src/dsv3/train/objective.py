@@ -99,13 +99,14 @@ class LanguageModelling:
             [
                 sum(float(x.main) for x in losses),
                 sum(float(x.balance) for x in losses),
+                sum(float(x.divergence) for x in losses if x.divergence is not None),
                 *(sum(float(x.mtp[k]) for x in losses) for k in range(len(losses[0].mtp))),
             ]
         )
-        main, balance, *mtp = (sum(column) for column in zip(*rows))
+        main, balance, divergence, *mtp = (sum(column) for column in zip(*rows))
         metrics: dict[str, Any] = {"mtp_loss": mtp, "balance_loss": balance, "mtp_weight": mtp_weight}
         if self.teacher is not None:
-            metrics["divergence"] = sum(float(x.divergence) for x in losses if x.divergence is not None)
+            metrics["divergence"] = divergence
         broken = [rank for rank, row in enumerate(rows) if not all(map(math.isfinite, row))]
         if broken and len(rows) > 1:
             metrics["ranks_not_finite"] = broken
