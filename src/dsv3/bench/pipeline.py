@@ -7,18 +7,13 @@ the trace shows, so that what differs is waiting: sending, receiving, and whatev
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from dsv3.bench.machine import machine
-from dsv3.common.errors import Failure
+from dsv3.bench.ranks import run_ranks
 from dsv3.common.files import write_atomic
 from dsv3.common.progress import Progress
 from dsv3.plan.draw import draw
@@ -27,7 +22,6 @@ from dsv3.plan.schedules import Job, Schedule, schedule
 
 MODEL = {"num_hidden_layers": 14, "vocab_size": 2048}
 SEQUENCES, LENGTH = 2, 256
-TIMEOUT = 900.0  # seconds for all steps
 
 
 def bench(names: list[str], ranks: int, micro_batches: int, steps: int, out: Path) -> dict[str, Any]:
@@ -38,7 +32,12 @@ def bench(names: list[str], ranks: int, micro_batches: int, steps: int, out: Pat
     ours: dict[str, Any] = {}
     with Progress("bench pipeline", len(names), "schedules") as progress:
         for name, order in orders.items():
-            measured = fastest(order, run_ranks(name, ranks, micro_batches, steps))
+            job = {
+                "schedule": name, "ranks": ranks, "micro_batches": micro_batches, "steps": steps,
+                "model": MODEL, "sequences": SEQUENCES, "length": LENGTH,
+            }  # fmt: skip
+            ran = run_ranks("dsv3.bench.pipeline_worker", job, ranks, f"schedule {name}")
+            measured = fastest(order, ran)
             simulated = simulate(order, measured.times)
             trace = out / f"trace-{name}.json"
             write_atomic(trace, json.dumps(chrome_trace(measured)).encode())
@@ -64,42 +63,6 @@ def bench(names: list[str], ranks: int, micro_batches: int, steps: int, out: Pat
         "micro_batches": micro_batches,
         "picture": str(picture),
     }
-
-
-def run_ranks(name: str, ranks: int, micro_batches: int, steps: int) -> list[list[list[Any]]]:
-    """What ran when, by rank and step, in processes of this machine."""
-    job = {
-        "schedule": name, "ranks": ranks, "micro_batches": micro_batches, "steps": steps, "model": MODEL,
-        "sequences": SEQUENCES, "length": LENGTH,
-    }  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        results = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
-        processes = []
-        for rank, result in enumerate(results):
-            environment = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            command = [sys.executable, "-m", "dsv3.bench.pipeline_worker", json.dumps(job), str(result)]
-            with open(result.with_suffix(".log"), "wb") as log:
-                processes.append(subprocess.Popen(command, env=environment, stderr=log))
-        try:
-            for process in processes:
-                process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise Failure(f"schedule {name}: no end after {TIMEOUT:.0f} s; try fewer ranks") from None
-        finally:
-            for process in processes:
-                process.kill()
-        for process, result in zip(processes, results):
-            if process.returncode:
-                said = result.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-                raise Failure(f"schedule {name}: a rank stopped: {said[-1] if said else 'no message'}")
-        return [json.loads(result.read_text(encoding="utf-8")) for result in results]
 
 
 def fastest(order: Schedule, ran: list[list[list[Any]]]) -> Timeline:

@@ -1,6 +1,6 @@
 """``dsv3 bench``: measured beside named peers in the same run. One module a verb, registered by import."""
 
-from dsv3.cli.bench import train, fp8, pipeline, convert, decode, serve, deployment, evaluate, length  # noqa: I001 (help order)
+from dsv3.cli.bench import train, fp8, moe, pipeline, convert, decode, serve, deployment, evaluate, length  # noqa: I001 (help order)
 from dsv3.cli.bench.group import app
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "evaluate",
     "fp8",
     "length",
+    "moe",
     "pipeline",
     "serve",
     "train",
