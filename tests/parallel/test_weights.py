@@ -97,16 +97,17 @@ def gradients(model: Any, batch: Any, mtp_weight: float, rows: range, micro: int
     return total
 
 
-def compare(world_size: int) -> dict[str, dict[str, float]]:
+def compare(world_size: int) -> dict[str, Any]:
     """In a rank: every case against one process, which each rank is too, for itself."""
     import torch.distributed as dist
 
     from dsv3.parallel.layout import Layout, make_meshes
     from dsv3.parallel.weights import Weights
     from dsv3.parallel.world import World
+    from tests.parallel.test_nodes import routed
 
     dist.init_process_group("gloo")
-    found = {}
+    found: dict[str, Any] = {"nodes of one rank": routed(1)} if world_size == 4 else {}
     for name, ((replicate, shard, expert), options) in CASES[world_size].items():
         layout = Layout(1, replicate, shard, expert)
         meshes = make_meshes(layout, "cpu")
