@@ -30,7 +30,7 @@ kinds = st.sampled_from(sorted(KINDS))
 
 
 @pytest.fixture(autouse=True)
-def _compiled() -> None:
+def _compiled(two_threads: None) -> None:
     if not decode.usable(torch.ones(1)):
         pytest.skip("no C++ compiler here")
 

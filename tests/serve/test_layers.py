@@ -22,7 +22,7 @@ from tests.model.build import tiny_model
 
 
 @pytest.fixture(autouse=True)
-def _compiled() -> None:
+def _compiled(two_threads: None) -> None:
     if not decode.usable(torch.ones(1)):
         pytest.skip("no C++ compiler here")
 
