@@ -200,6 +200,15 @@ def test_balance_loss_ignores_the_bias_and_respects_sequences() -> None:
     assert torch.equal(together, moe.route(x)[1].balance_loss)
 
 
+def test_batch_wise_balance_loss_takes_the_micro_batch_as_one_sequence() -> None:
+    moe = tiny_model(seq_aux=False).moe_layers()[1]
+    x = torch.randn(3, 9, 40)
+    scores = moe.gate.scores(x).detach()
+    found, chosen = moe.route(x)[1].balance_loss, moe.gate.chosen
+    assert torch.allclose(found.double(), loop_balance_loss(scores.flatten(0, 1)[None], chosen), rtol=1e-5)
+    assert not torch.allclose(found, balance_loss(scores, chosen), rtol=1e-5)
+
+
 def test_no_balance_loss_without_alpha_or_gradient() -> None:
     assert tiny_model(aux_loss_alpha=0.0).moe_layers()[1].route(torch.randn(1, 3, 40))[1].balance_loss is None
     with torch.no_grad():

@@ -55,7 +55,8 @@ class ModelConfig(Recipe):
     routed_scaling_factor: float = Field(2.5, gt=0, description="factor on the gate values")
     scoring_func: Literal["sigmoid"] = Field("sigmoid", description="affinity of token and expert")
     topk_method: Literal["noaux_tc"] = Field("noaux_tc", description="choice by affinity plus bias")
-    aux_loss_alpha: float = Field(1e-4, ge=0, description="weight of the sequence-wise balance loss")
+    aux_loss_alpha: float = Field(1e-4, ge=0, description="weight of the balance loss")
+    seq_aux: bool = Field(True, description="balance each sequence; false: the micro-batch as a whole")
     max_position_embeddings: int = Field(163840, gt=0, description="tokens; longest context")
     rope_theta: float = Field(10000.0, gt=0, description="RoPE base")
     rope_scaling: RopeScaling | None = Field(None, description="YaRN; null: off")
@@ -216,7 +217,6 @@ _FIXED: dict[str, Any] = {
     "attention_dropout": 0.0,
     "tie_word_embeddings": False,
     "rope_interleave": True,
-    "seq_aux": True,
 }
 # Written from the fields, so never carried along.
 _DERIVED = {

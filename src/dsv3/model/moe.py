@@ -31,8 +31,8 @@ class Routing:
 class RouterStats:
     """What training needs to know of one layer's routing.
 
-    ``load_E``: tokens each expert was chosen for, int64. ``balance_loss``: the sequence-wise loss of the
-    report, before its weight alpha; None when alpha is zero.
+    ``load_E``: tokens each expert was chosen for, int64. ``balance_loss``: before its weight alpha; None when
+    alpha is zero.
     """
 
     load_E: Tensor
@@ -91,7 +91,10 @@ class Gate(nn.Module):
 
 
 def balance_loss(scores_BTE: Tensor, chosen: int) -> Tensor:
-    """Sequence-wise balance loss (report 2.1.2) before alpha: mean over sequences of sum_i f_i P_i."""
+    """Sequence-wise balance loss (report 2.1.2) before alpha: mean over sequences of sum_i f_i P_i.
+
+    One sequence of all tokens makes it the batch-wise loss of report 4.5.3.
+    """
     experts = scores_BTE.shape[-1]
     with torch.no_grad():  # f: how often expert i is among the K best by s alone, 1 when even
         top = scores_BTE.topk(chosen, dim=-1, sorted=False)[1].flatten(1)
@@ -152,7 +155,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden = config.moe_intermediate_size
-        self.alpha = config.aux_loss_alpha
+        self.alpha, self.by_sequence = config.aux_loss_alpha, config.seq_aux
         self.gate = Gate(config)
         self.experts = Experts(config.n_routed_experts, config.hidden_size, hidden)
         if config.n_shared_experts:
@@ -168,7 +171,8 @@ class MoE(nn.Module):
         load_E.scatter_add_(0, chosen, torch.ones_like(chosen))
         loss = None
         if self.alpha and torch.is_grad_enabled():
-            loss = balance_loss(routing.scores_NE.unflatten(0, u_BTD.shape[:2]), self.gate.chosen)
+            cut = u_BTD.shape[:2] if self.by_sequence else (1, -1)
+            loss = balance_loss(routing.scores_NE.unflatten(0, cut), self.gate.chosen)
         return routing, RouterStats(load_E, loss)
 
     def shared(self, u_BTD: Tensor) -> Tensor | None:
