@@ -87,6 +87,7 @@ def same(a: Quantised, b: Quantised) -> bool:
     )
 
 
+@pytest.mark.usefixtures("two_threads")
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 140), st.integers(1, 300), st.sampled_from([ROW, COLUMN, BLOCK]),
