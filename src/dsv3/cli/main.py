@@ -69,7 +69,7 @@ def main() -> None:
         app()
     except UserError as error:
         rank = os.environ.get("RANK")  # of several processes that torchrun started
-        if rank in (None, "0") or error.exit_code == 1:  # bad input is the same for all of them
+        if rank in (None, "0") or not error.shared:
             print(f"dsv3: {error}", file=sys.stderr, flush=True)
         if rank is not None:  # not waiting for threads whose peers are gone
             os._exit(error.exit_code)

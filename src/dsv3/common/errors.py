@@ -9,16 +9,19 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input: one line naming the field, the value and the way out.
 
-    The command line prints it without a traceback and exits with ``exit_code``.
+    The command line prints it without a traceback and exits with ``exit_code``. ``shared``: every process of
+    a run raises it, so that one of them says it.
     """
 
     exit_code = 2
+    shared = True
 
 
 class Failure(UserError):
     """The input was fine and the work failed all the same (a full disk, a loss that stays infinite)."""
 
     exit_code = 1
+    shared = False
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
