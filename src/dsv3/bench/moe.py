@@ -85,7 +85,9 @@ def measured(ran: dict[int, list[dict[str, Any]]], tokens: int) -> dict[str, Any
     """The three tables from what the ranks reported, and their ratios; ``tokens`` a process and step."""
     cores = os.cpu_count() or 1
     one = _fastest(ran[1], "alone") if 1 in ran else None
-    travel, weak, layouts = [], [], []
+    travel: list[dict[str, Any]] = []
+    weak: list[dict[str, Any]] = []
+    layouts: list[dict[str, Any]] = []
     for count, found in ran.items():
         alone = _fastest(found, "alone")
         together = _fastest(found, "fp32") if count > 1 else alone
@@ -107,8 +109,8 @@ def measured(ran: dict[int, list[dict[str, Any]]], tokens: int) -> dict[str, Any
     ratios = {f"floor:{row['processes']} processes, {row['rows']}": row["over_floor"] for row in travel}
     for row in weak:
         ratios[f"silent:{row['processes']} processes"] = row["step_seconds"] / row["silent_step_seconds"]
-    for row in layouts if one else ():
-        ratios[f"one process:{row['layout']}"] = row["step_seconds"] / one
+    if one is not None:
+        ratios |= {f"one process:{row['layout']}": row["step_seconds"] / one for row in layouts}
     return {
         "ratios": ratios,
         "ours": {"travel": travel, "weak": weak, "layouts": layouts, "one_process_seconds": one},
