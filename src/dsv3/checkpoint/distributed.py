@@ -8,6 +8,7 @@ ever holds what others update. Read back, tensors come in any other cut, of one 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,10 +22,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.checkpoint import names
-from dsv3.checkpoint.errors import DamagedCheckpoint, some, writing
+from dsv3.checkpoint.errors import CheckpointError, DamagedCheckpoint, some, writing
 from dsv3.checkpoint.hf import config_json, write_rest
 from dsv3.checkpoint.run import MANIFEST, OPTIMIZER, STATE
 from dsv3.checkpoint.safetensors_io import METADATA, SafetensorsFile
@@ -35,6 +37,7 @@ from dsv3.common.files import TEMPORARY, fsync_folder, sha256, write_json
 from dsv3.config.model import ModelConfig
 
 TENSORS = "tensors"
+LONGEST = 512  # bytes of what a rank tells the others of a failure
 
 
 def is_distributed(folder: str | Path) -> bool:
@@ -59,21 +62,62 @@ def write(
     folder = Path(folder)
     temporary = folder.with_name(f"{TEMPORARY}all-{folder.name}")
     rank = dist.get_rank(group)
-    with writing(folder):
+    with _together(group, folder, temporary):
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # a killed writer's
             (temporary / "trainer").mkdir(parents=True)
-        dist.barrier(group)
+    with _together(group, folder, temporary):
         storage = dcp.FileSystemWriter(temporary / TENSORS, sync_files=True)
         with _quiet():
             dcp.save(dict(tensors), storage_writer=storage, process_group=group)
+    with _together(group, folder, temporary):
         own = sorted((temporary / TENSORS).glob(f"__{rank}_*"))
         listed = {f"{TENSORS}/{path.name}": _facts(path) for path in own}
         write_json(temporary / f"manifest-{rank}.json", listed)
-        dist.barrier(group)
+    with _together(group, folder, temporary):
         if rank == 0:
             _finish(folder, temporary, config, state, tokenizer_files)
-        dist.barrier(group)
+
+
+@contextmanager
+def _together(group: dist.ProcessGroup, folder: Path, temporary: Path) -> Iterator[None]:
+    """A part of a save that all ranks end together.
+
+    What the disk of one refuses, all raise (:class:`CheckpointError`, naming the rank), and nothing of the
+    save stays: no rank waits for one that has stopped, and what was saved before is as it was.
+    """
+    rank, said = dist.get_rank(group), ""
+    try:
+        with writing(folder):
+            yield
+    except CheckpointError as error:
+        said = str(error)
+    except CheckpointException as error:  # DCP's: every rank has it
+        if rank in error.failures:
+            said = _refusal(folder, error.failures[rank][0])
+    told = torch.zeros(LONGEST, dtype=torch.uint8)
+    text = said.encode()[:LONGEST]
+    told[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    everyone = [torch.empty_like(told) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, told, group=group)
+    for other, found in enumerate(everyone):
+        if message := bytes(found.tolist()).rstrip(b"\0").decode(errors="ignore"):
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            failed = CheckpointError(f"rank {other}: {message}")
+            failed.shared = True
+            raise failed
+
+
+def _refusal(folder: Path, cause: BaseException) -> str:
+    """What DCP ran into, as a line."""
+    if "inline_container" in str(cause):  # torch's writer of archives drops the system's own error
+        cause = OSError(errno.ENOSPC, "the disk took less than it was given")
+    try:
+        with writing(folder):
+            raise cause
+    except Exception as error:
+        return str(error).splitlines()[0]
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -227,37 +271,41 @@ def export(
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     temporary = folder.with_name(f"{TEMPORARY}all-{folder.name}")
-    with writing(folder):
+    with _together(group, folder, temporary):
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        dist.barrier(group)
-        own = dict(tensors)
+    own = dict(tensors)  # ranks gather them together
+    with _together(group, folder, temporary):
         if own:
             write_tensors(temporary / f"part-{rank}", own, metadata=METADATA)
         where = {name: tensor.nbytes for name, tensor in own.items()}
         write_json(temporary / f"part-{rank}.json", where)
-        dist.barrier(group)
-        if rank:
-            dist.barrier(group)
-            return
-        held = {r: json.loads((temporary / f"part-{r}.json").read_text()) for r in range(ranks)}
-        wrote = [r for r in range(ranks) if held[r]]
-        index: dict[str, str] = {}
-        for file, r in zip(shard_files(len(wrote)), wrote):
-            os.rename(temporary / f"part-{r}", temporary / file)
-            index.update(dict.fromkeys(held[r], file))
-        for r in range(ranks):
-            (temporary / f"part-{r}.json").unlink()
-        total = sum(sum(sizes.values()) for sizes in held.values())
-        write_rest(temporary, config, torch.float32, None, index, total)
-        for path in map(Path, tokenizer_files):
-            shutil.copyfile(path, temporary / path.name)
-        for path in [*temporary.rglob("*"), temporary]:
-            fsync_folder(path)
-        os.rename(temporary, folder)
-        fsync_folder(folder.parent)
-        dist.barrier(group)
+    with _together(group, folder, temporary):
+        if rank == 0:
+            _assemble(folder, temporary, ranks, config, tokenizer_files)
+
+
+def _assemble(
+    folder: Path, temporary: Path, ranks: int, config: ModelConfig, tokenizer_files: Iterable[str | Path]
+) -> None:
+    """What the first rank does when all have written their files: names, index, the rest of the folder."""
+    held = {r: json.loads((temporary / f"part-{r}.json").read_text()) for r in range(ranks)}
+    wrote = [r for r in range(ranks) if held[r]]
+    index: dict[str, str] = {}
+    for file, r in zip(shard_files(len(wrote)), wrote):
+        os.rename(temporary / f"part-{r}", temporary / file)
+        index.update(dict.fromkeys(held[r], file))
+    for r in range(ranks):
+        (temporary / f"part-{r}.json").unlink()
+    total = sum(sum(sizes.values()) for sizes in held.values())
+    write_rest(temporary, config, torch.float32, None, index, total)
+    for path in map(Path, tokenizer_files):
+        shutil.copyfile(path, temporary / path.name)
+    for path in [*temporary.rglob("*"), temporary]:
+        fsync_folder(path)
+    os.rename(temporary, folder)
+    fsync_folder(folder.parent)
 
 
 def file_names(
