@@ -74,7 +74,7 @@ def command(run: Run, steps: int, data: str) -> list[str]:
 
 def train(runs: Sequence[Run], steps: int, data: str, workers: int, title: str) -> None:
     """Bring every run to its end, ``workers`` at a time."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
     waiting, running = list(runs), dict[Run, subprocess.Popen[bytes]]()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs below are ended in any case
     done = sum(_count(run.folder) for run in runs)
