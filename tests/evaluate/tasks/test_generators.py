@@ -84,6 +84,9 @@ KNOWN = {
     "sequences": ("What comes next: 7, 21, 63, 189, 567?", "1701"),
     "countdown": ("Use each of 4, 5, 3 once with + - * to make 12.", "3 + (4 + 5)"),
     "sorting": ("Sort from smallest to largest: 2, 12, 3, 0", "0, 2, 3, 12"),
+    "largest": ("What is the largest of 8, 15, 14, 0?", "15"),
+    "backwards": ("Write from last to first: 9, 16, 14, 13", "13, 14, 16, 9"),
+    "evens": ("Which of 17, 7, 20, 16 are even?", "20, 16"),
     "letters": ('How many times is the letter "i" in "pukebri"?', "1"),
     "reversing": ('Spell "gepleso" backwards.', "oselpeg"),
 }
@@ -175,7 +178,7 @@ def test_the_verifiers_evaluate_nothing() -> None:
     folder = Path(verify.__file__).parent
     for path in (
         folder / "verify.py",
-        *(folder / "tasks" / f"{n}.py" for n in ("numbers", "words", "instructions")),
+        *(folder / "tasks" / f"{n}.py" for n in ("numbers", "lists", "words", "instructions")),
     ):
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert not names & {"eval", "exec", "__import__"}, path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsv3.common.errors import UserError, nearest
 from dsv3.evaluate.tasks.base import DIFFICULTIES, SPLITS, Example, Generator, Solution, Split, Task
+from dsv3.evaluate.tasks.lists import Backwards, Evens, Largest, Sorting
 from dsv3.evaluate.tasks.numbers import (
     Bases,
     Countdown,
@@ -13,14 +14,15 @@ from dsv3.evaluate.tasks.numbers import (
     Sequences,
     Sums,
 )
-from dsv3.evaluate.tasks.words import Letters, Reversing, Sorting
+from dsv3.evaluate.tasks.words import Letters, Reversing
 
 __all__ = ["DIFFICULTIES", "GENERATORS", "SPLITS", "Example", "Solution", "Split", "Task", "get", "names"]
 
 GENERATORS: dict[str, type[Generator]] = {
     kind.name: kind
     for kind in (
-        Sums, Products, GreatestDivisor, Bases, Fractions, Sequences, Countdown, Sorting, Letters, Reversing
+        Sums, Products, GreatestDivisor, Bases, Fractions, Sequences, Countdown,
+        Sorting, Largest, Backwards, Evens, Letters, Reversing,
     )
 }  # fmt: skip
 

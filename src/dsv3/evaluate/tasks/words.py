@@ -1,4 +1,4 @@
-"""Generators over words and lists: sorting, letter counts, reversing. Words are made up, so none is known."""
+"""Generators over words: letter counts, reversing. Words are made up, so none is known."""
 
 from __future__ import annotations
 
@@ -14,36 +14,6 @@ VOWELS = "aeiou"
 def word(rng: Random, syllables: int) -> str:
     """A word that can be spoken, of two to three letters a syllable."""
     return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(syllables))
-
-
-class Sorting(Generator):
-    """Numbers in rising order, by taking the smallest again and again."""
-
-    name = "sorting"
-
-    def facts(self, rng: Random) -> Facts:
-        count = (3, 4, 5, 6, 8)[self.difficulty - 1]
-        largest = (9, 20, 99, 99, 999)[self.difficulty - 1]
-        return {"numbers": [rng.randint(0, largest) for _ in range(count)]}
-
-    def prompt(self, facts: Facts) -> str:
-        return f"Sort from smallest to largest: {', '.join(map(str, facts['numbers']))}"
-
-    def correct(self, facts: Facts) -> str:
-        return ", ".join(map(str, sorted(facts["numbers"])))
-
-    def accepts(self, given: str, facts: Facts) -> bool:
-        parts = given.strip(" []()").split(",")
-        return [part.strip() for part in parts] == self.correct(facts).split(", ")
-
-    def steps(self, facts: Facts) -> tuple[str, str]:
-        left, taken, lines = list(facts["numbers"]), [], []
-        while left:
-            least = min(left)
-            lines.append(f"{', '.join(map(str, left))}: smallest {least}")
-            left.remove(least)
-            taken.append(str(least))
-        return "\n".join(lines), ", ".join(taken)
 
 
 class Letters(Generator):
