@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dsv3.checkpoint import names
 from dsv3.checkpoint.errors import CheckpointError, DamagedCheckpoint, some, writing
+from dsv3.checkpoint.fp8 import FP8
 from dsv3.checkpoint.hf import config_json, write_rest
 from dsv3.checkpoint.run import MANIFEST, OPTIMIZER, STATE
 from dsv3.checkpoint.safetensors_io import METADATA, SafetensorsFile
@@ -35,6 +36,8 @@ from dsv3.checkpoint.weights import Weights, shard_files
 from dsv3.common.errors import UserError
 from dsv3.common.files import TEMPORARY, fsync_folder, sha256, write_json
 from dsv3.config.model import ModelConfig
+from dsv3.ops.blocks import BLOCK, Quantised, dequantise
+from dsv3.ops.formats import E4M3
 
 TENSORS = "tensors"
 LONGEST = 512  # bytes of what a rank tells the others of a failure
@@ -229,14 +232,16 @@ class Rows:
             self.optimizer.__exit__(None, None, None)
 
     def weight(self, name: str, first: int, into: Tensor) -> None:
-        """Rows of a parameter from ``first`` on, as many as ``into`` has."""
+        """Rows of a parameter from ``first`` on, as many as ``into`` has; FP8 with its block scales."""
         if name in self.weights.entries:
-            self._fill(self.weights.file_of(name), name, first, into)
+            if self.weights.entries[name].dtype is FP8:
+                self._fill_fp8(name, first, into)
+            else:
+                self._fill(self.weights.file_of(name), name, first, into)
             return
         head, _, tail = name.partition(".experts.")
         for row in range(len(into)):
-            expert = f"{head}.experts.{first + row}.{tail}"
-            self._fill(self.weights.file_of(expert), expert, 0, into[row])
+            self.weight(f"{head}.experts.{first + row}.{tail}", 0, into[row])
 
     def state(self, name: str, first: int, into: Tensor) -> None:
         """The same of a tensor of the optimizer's (``exp_avg/NAME``)."""
@@ -248,6 +253,15 @@ class Rows:
         if self.optimizer is None or name not in self.optimizer.entries:
             return None
         return self.optimizer.entries[name].dtype
+
+    @torch.no_grad()
+    def _fill_fp8(self, name: str, first: int, into: Tensor) -> None:
+        if not len(into):
+            return
+        last, top = first + len(into), first - first % BLOCK.rows
+        values = self.weights.rows(name, top, last)
+        scales = self.weights.rows(names.scale_name(name), top // BLOCK.rows, -(-last // BLOCK.rows)).float()
+        into.copy_(dequantise(Quantised(values, scales, values.shape, BLOCK, E4M3))[first - top :])
 
     @staticmethod
     @torch.no_grad()

@@ -53,7 +53,7 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
 
     files = tokenizer_files(data)
     run, checkpoint = open_run(recipe, resume_from, world)
-    model = make_model(recipe, device)
+    model = make_model(recipe, device, world)
     validation = Validation(run, held_out.batch(0, sequences), byte_lengths, recipe.validation)
     samples = Samples(run, tokenizer, recipe.samples, tokenizer.encode)
     callbacks = beside(run, world, validation, samples)

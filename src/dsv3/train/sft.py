@@ -57,7 +57,7 @@ def sft(recipe: SFTRecipe, resume_from: str | None = None) -> Path | None:
     )
     if train.cut or train.dropped:
         run.log(f"of {train.read} rows {train.cut} were cut and {train.dropped} dropped at {length} tokens")
-    model = make_model(recipe, device)
+    model = make_model(recipe, device, world)
     validation = Validation(
         run,
         valid.batch(0, min(recipe.validation.sequences, len(valid))),

@@ -23,7 +23,7 @@ from dsv3.parallel.weights import Weights
 from dsv3.parallel.world import World
 from dsv3.quant import fp8
 from dsv3.train import recompute
-from dsv3.train.callbacks.checkpoints import Checkpoints, resume
+from dsv3.train.callbacks.checkpoints import Checkpoints, fill_share, resume
 from dsv3.train.callbacks.ema import EMA
 from dsv3.train.callbacks.metrics import Metrics
 from dsv3.train.callbacks.plots import Plots
@@ -48,12 +48,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def make_model(recipe: TrainRecipe, device: torch.device) -> DeepSeekV3:
-    """The model of a recipe: initial or ``start``'s weights in FP32, precision, recompute and compilation."""
+def make_model(recipe: TrainRecipe, device: torch.device, world: World | None = None) -> DeepSeekV3:
+    """The model of a recipe: initial or ``start``'s weights in FP32, precision, recompute and compilation.
+
+    Where ``world`` is many processes, each reads its part of ``start`` when it has one (:func:`train_stage`).
+    """
     check_start(recipe)
     with torch.device(device):
         model = DeepSeekV3(recipe.model, seed=recipe.seed)
-    if recipe.start is not None:
+    if recipe.start is not None and (world is None or world.size == 1):
         with Files(recipe.start) as weights:
             weights.fill(model)
     if recipe.precision == "bf16" or (recipe.precision == "fp8" and device.type != "cpu"):
@@ -161,6 +164,8 @@ def train_stage(
         everyone.append(Ranks(run, traffic, row_bytes(model.config.hidden_size, kind, fp8_rows)))
     optimizer = build(weights, recipe.optimizer, recipe.precision)
     trainer = Trainer(recipe, model, objective, optimizer, everyone, world, weights, pipeline)
+    if checkpoint is None and recipe.start is not None and world.size > 1:
+        fill_share(trainer, Path(recipe.start))
     if checkpoint is not None:
         changed = resume(trainer, checkpoint)
         run.rewind(trainer.state.step)

@@ -141,10 +141,10 @@ def _load(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
         return _load_shared(trainer, folder)
     if trainer.world.size == 1:
         return checkpoints.read_into(folder, trainer.model)[0]
+    fill_share(trainer, folder)
     found: dict[str, Tensor] = {}
     with distributed.Rows(folder) as rows:
         for name, piece in trainer.weights.pieces.items():
-            rows.weight(name, piece.first, piece.local.detach())
             for kind in ("exp_avg", "exp_avg_sq", "ema", "step"):
                 key = f"{kind}/{name}"
                 dtype = rows.state_dtype(key)
@@ -152,10 +152,17 @@ def _load(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
                     shape = () if kind == "step" else piece.local.shape
                     found[key] = torch.empty(shape, dtype=dtype)
                     rows.state(key, 0 if kind == "step" else piece.first, found[key])
+    return found
+
+
+def fill_share(trainer: Trainer, folder: Path) -> None:
+    """Weights and biases from a folder of one process's: a rank reads what it updates, and no more."""
+    with distributed.Rows(folder) as rows:
+        for name, piece in trainer.weights.pieces.items():
+            rows.weight(name, piece.first, piece.local.detach())
         for key, bias in _biases(trainer).items():
             rows.weight(key.partition("/")[2], 0, bias)
     trainer.weights.publish()
-    return found
 
 
 def _load_shared(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
