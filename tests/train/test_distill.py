@@ -117,6 +117,12 @@ def test_the_shortest_right_answer_is_kept(tmp_path: Path) -> None:
     assert all(text.startswith("\\boxed{") for text in texts)
 
 
+def test_only_what_the_expert_wrote(tmp_path: Path) -> None:
+    report = distill(recipe_of(tmp_path, originals=False))
+    kinds = [line["kind"] for line in lines(tmp_path / "samples.jsonl")]
+    assert kinds == ["reasoned"] * report["kept"] and kinds
+
+
 def test_own_problems(tmp_path: Path) -> None:
     problems = [
         {"prompt": "What is half of 3?", "solution": "It is \\boxed{3/2}."},

@@ -132,3 +132,6 @@ class DistillRecipe(Recipe):
     expert: ExpertSection = Field(ExpertSection(), description="who answers")
     sampling: SamplingSection = Field(SamplingSection(), description="how it answers")
     rejection: RejectionSection = Field(RejectionSection(), description="what is kept")
+    originals: bool = Field(
+        True, description="write the problems with their source's own answers too, the report's first kind"
+    )

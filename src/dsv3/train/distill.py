@@ -119,11 +119,16 @@ def decided(lines: list[Attempt], options: RejectionSection) -> list[Attempt]:
     return [{**line, "dropped": reason} for line, reason in zip(lines, chosen)]
 
 
-def samples_of(question: Question, lines: Sequence[Attempt], system: str) -> Iterator[dict[str, Any]]:
-    """Both kinds of the report: <problem, original>; <system prompt, problem, reasoning> a kept answer."""
+def samples_of(
+    question: Question, lines: Sequence[Attempt], system: str, originals: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Both kinds of the report: <problem, original>; <system prompt, problem, reasoning> a kept answer.
+
+    ``originals``: the first kind too.
+    """
     ask = {"role": "user", "content": question.prompt}
     facts = {"id": question.id, "task": question.row.get("task")}
-    if question.original is not None:
+    if originals and question.original is not None:
         answer = {"role": "assistant", "content": question.original}
         yield {"messages": [ask, answer], "kind": "original", **facts}
     for line in lines:
@@ -219,7 +224,7 @@ def _finish(
     """The files made from the attempts, in the order of the prompts, whatever came first."""
     out = Path(recipe.out)
     ordered = [(question, done[identifier]) for identifier, question in questions.items()]
-    samples = [line for pair in ordered for line in samples_of(*pair, recipe.system)]
+    samples = [line for pair in ordered for line in samples_of(*pair, recipe.system, recipe.originals)]
     pairs = [line for pair in ordered for line in pairs_of(*pair, recipe.system)]
     write_atomic(out / "samples.jsonl", "".join(map(_text, samples)))
     write_atomic(out / "pairs.jsonl", "".join(map(_text, pairs)))
@@ -242,7 +247,7 @@ def _text(line: Mapping[str, Any]) -> str:
 
 
 # Of a run that goes on: what does not change an answer.
-_MAY_CHANGE = {"out", "rejection"}
+_MAY_CHANGE = {"out", "rejection", "originals"}
 _CONNECTION = {"base_url", "api_key_variable", "concurrency", "timeout", "retries", "give_up"}
 
 
