@@ -58,6 +58,14 @@ LAYOUTS: dict[str, Case] = {
     "pipeline 2, expert 2, FP8": Case(4, {"pipeline": 2, "expert": 2}, FP8),
     "pipeline 4, 1F1B": Case(4, {"pipeline": 4, "schedule": "1f1b"}),
     "pipeline 2, shard 4, expert 2": Case(8, {"pipeline": 2, "expert": 2}, {"batch": {"micro_sequences": 4}}),
+    "context 2": Case(2, {"context": 2}, short=True),
+    "context 2, documents masked": Case(2, {"context": 2}, DOCUMENTS),
+    "context 2, recompute report": Case(2, {"context": 2}, {"recompute": "report"}),
+    "context 2, expert 2, zero 3": Case(2, {"context": 2, "expert": 2, "zero": 3}),
+    "context 2, FP8": Case(2, {"context": 2}, FP8),
+    "context 4": Case(4, {"context": 4}),
+    "shard 4, context 2, expert 4": Case(4, {"context": 2, "expert": 4}),
+    "pipeline 2, context 2, documents masked": Case(4, {"pipeline": 2, "context": 2}, DOCUMENTS),
     "copies 2, shard 4, expert 2, zero 3": Case(
         8, {"data_replicate": 2, "expert": 2, "zero": 3}, {"batch": {"micro_sequences": 8}}
     ),
@@ -122,7 +130,7 @@ def run_all(cases: dict[str, Case], data: Path, out: Path, steps: int) -> dict[s
 
 
 def differences(case: Path, one: Path) -> dict[str, float]:
-    """How far a run is from the one process's: losses, gradient norms, biases, tensors of the model."""
+    """How far a run is from the one process's: losses, held-out text, gradient norms, biases, tensors."""
     from dsv3.checkpoint.weights import Weights
     from dsv3.train.run import read_lines
 
@@ -138,6 +146,15 @@ def differences(case: Path, one: Path) -> dict[str, float]:
         (abs(x - y) / y for a, b in zip(ours, theirs) for x, y in zip(a["mtp_loss"], b["mtp_loss"])),
         default=0.0,
     )
+    held_out = [
+        [
+            line["validation_loss"]
+            for line in read_lines(folder / "metrics.jsonl")
+            if "validation_loss" in line
+        ]
+        for folder in (case, one)
+    ]
+    found["validation_loss"] = max(abs(a - b) / b for a, b in zip(*held_out, strict=True))
     moved = total = 0
     for a, b in zip(ours, theirs):
         assert a["expert_load"].keys() == b["expert_load"].keys()

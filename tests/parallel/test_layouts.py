@@ -18,6 +18,7 @@ def check(name: str, found: dict[str, float]) -> None:
     fp8 = "FP8" in name
     assert found["loss"] < (3e-3 if fp8 else 1e-5)
     assert found["mtp_loss"] < (3e-3 if fp8 else 1e-5)
+    assert found["validation_loss"] < (3e-3 if fp8 else 1e-5)
     assert found["grad_norm"] < (2e-2 if fp8 else 1e-4)
     assert found["rerouted"] < (0.1 if fp8 else 1e-3)
     for model in ("model", "model-ema"):

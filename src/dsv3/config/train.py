@@ -62,6 +62,14 @@ class DataSection(Recipe):
         description="share of samples that lie inside one document, where there are such long ones; the rest"
         " are packed",
     )  # fmt: skip
+    tokenizer_sha256: str | None = Field(
+        None, description="SHA-256 of the folder's tokenizer.json, checked before the start; null: any"
+    )
+    tokens_sha256: str | None = Field(
+        None,
+        description="SHA-256 of all its tokens (`cat train/*/*.bin valid/*/*.bin`), checked before the start;"
+        " null: any",
+    )
 
 
 class BatchSection(Recipe):
@@ -115,6 +123,12 @@ class ValidationSection(Recipe):
 
     every: int = Field(200, gt=0, description="steps between validations")
     sequences: int = Field(32, gt=0, description="held-out sequences read each time")
+    target: float | None = Field(
+        None,
+        gt=0,
+        description="held-out loss, nats a token (log-perplexity), that ends the run when it is reached;"
+        " null: the run goes to its end",
+    )
 
 
 class SamplesSection(Recipe):
@@ -136,9 +150,21 @@ class LogSection(Recipe):
     """What is written down."""
 
     every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
-        "none", description="also send metrics there (pip install 'dsv3[track]')"
+    report_to: Literal["none", "tensorboard", "wandb", "trackio", "mlperf"] = Field(
+        "none",
+        description="also send metrics there (pip install 'dsv3[track]'); mlperf: a log by MLPerf's rules in"
+        " OUT/mlperf.log, pre-training only (pip install 'dsv3[mlperf]')",
     )
+
+
+class MLPerfSection(Recipe):
+    """What a log by MLPerf's rules says of whose run it is, with ``log.report_to: mlperf``."""
+
+    benchmark: str = Field("dsv3", min_length=1, description="submission_benchmark, e.g. deepseekv3_671b")
+    division: Literal["open", "closed"] = Field("open", description="submission_division")
+    status: Literal["onprem", "cloud", "research"] = Field("research", description="submission_status")
+    organisation: str = Field("unnamed", min_length=1, description="submission_org")
+    platform: str = Field("unnamed", min_length=1, description="submission_platform: the hardware's name")
 
 
 class TrainRecipe(Recipe):
@@ -195,6 +221,8 @@ class TrainRecipe(Recipe):
     @model_validator(mode="after")
     def _check(self) -> Self:
         end = self._length()
+        if self.log.report_to == "mlperf" and "mlperf" not in type(self).model_fields:
+            raise ValueError(f"log.report_to (mlperf) is for pre-training, not for {self.stage}; use none")
         for name in ("learning_rate", "batch", "gamma", "mtp"):
             segments: Segments = getattr(self.schedule, name)
             if not segments:
@@ -230,6 +258,7 @@ class PretrainRecipe(TrainRecipe):
     total_tokens: int = Field(gt=0, description="tokens to train on")
     validation: ValidationSection = Field(ValidationSection(), description="validation")
     samples: SamplesSection = Field(SamplesSection(), description="samples")
+    mlperf: MLPerfSection = Field(MLPerfSection(), description="the log by MLPerf's rules")
 
     @model_validator(mode="before")
     @classmethod

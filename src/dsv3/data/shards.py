@@ -7,6 +7,7 @@ Tokens of all shards form one long sequence.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -164,3 +165,30 @@ def open_split(out: str | Path, split: str) -> list[tuple[str, TokenShards, floa
             f"{out} has no documents in {split}/: prepare it with a larger valid_fraction or more text"
         )
     return found
+
+
+def check_content(out: str | Path, tokenizer_sha256: str | None, tokens_sha256: str | None) -> None:
+    """Refuse a prepared folder that is not the one meant; None: any is.
+
+    ``tokenizer_sha256``: of ``tokenizer.json``. ``tokens_sha256``: of all tokens, train then valid, as
+    ``cat train/*/*.bin valid/*/*.bin`` gives them. Raises :class:`UserError` naming what differs.
+    """
+    out = Path(out)
+    if tokenizer_sha256 is not None and (found := sha256(out / "tokenizer.json")) != tokenizer_sha256:
+        raise UserError(_other("tokenizer", out / "tokenizer.json", found, tokenizer_sha256))
+    if tokens_sha256 is not None:
+        digest = hashlib.sha256()
+        for split in ("train", "valid"):
+            for path in sorted((out / split).glob("*/*.bin")):
+                with open(path, "rb") as file:
+                    while piece := file.read(1 << 20):
+                        digest.update(piece)
+        if (found := digest.hexdigest()) != tokens_sha256:
+            raise UserError(_other("tokens", out, found, tokens_sha256))
+
+
+def _other(what: str, where: Path, found: str, wanted: str) -> str:
+    return (
+        f"data.{what}_sha256: {where} has {found[:12]}..., the recipe asks for {wanted[:12]}...: prepare the"
+        " data as the recipe says, with the versions of requirements.txt"
+    )

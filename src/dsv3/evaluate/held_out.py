@@ -71,6 +71,14 @@ def evaluate(model: DeepSeekV3, rows: Batch, byte_lengths_V: Tensor, length: int
     return HeldOut(nats / max(1, tokens), nats / math.log(2) / max(1, size), acceptance)
 
 
+def in_bytes(loss: float, rows: Batch, byte_lengths_V: Tensor, length: int) -> HeldOut:
+    """The same figures from the mean loss of such rows, which somebody else has read."""
+    target = labels(rows, length, 0)
+    bearing = target[target != IGNORE]
+    bits = loss * bearing.numel() / math.log(2)
+    return HeldOut(loss, bits / max(1, int(byte_lengths_V[bearing].sum())), [])
+
+
 def _nats(model: DeepSeekV3, state_ND: Tensor, labels_N: Tensor) -> float:
     """Sum of the negative log-likelihoods, by chunks, through the head itself: its matrix may be packed."""
     step = max(1, CHUNK_ELEMENTS // model.config.vocab_size)

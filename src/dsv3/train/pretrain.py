@@ -10,9 +10,10 @@ from dsv3.checkpoint.hf import tokenizer_files
 from dsv3.config.train import PretrainRecipe, check_vocabulary
 from dsv3.data.loader import TokenLoader
 from dsv3.data.long import mix
-from dsv3.data.shards import open_split
+from dsv3.data.shards import check_content, open_split
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.parallel.world import enter, local_device
+from dsv3.train.callbacks.mlperf import MLPerf
 from dsv3.train.callbacks.validation import Samples, Validation, beside
 from dsv3.train.objective import LanguageModelling
 from dsv3.train.stage import check_shares, check_start, choose_device, make_model, open_run, train_stage
@@ -43,6 +44,7 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
     data = Path(recipe.data.path)
     world = enter(recipe.parallel, recipe.model, device)
     loader, held_out = loaders(recipe, world.data_rank, world.data_size)
+    check_content(data, recipe.data.tokenizer_sha256, recipe.data.tokens_sha256)
     tokenizer = Tokenizer.load(data)
     check_vocabulary(recipe.model, tokenizer.vocab_size)
     sequences = min(recipe.validation.sequences, sum(held_out.samples))
@@ -50,6 +52,9 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
     check_start(recipe)
     objective = LanguageModelling(loader, recipe.sequence_length, recipe.total_tokens)
     check_shares(recipe, objective.extent, world)
+    log = None
+    if recipe.log.report_to == "mlperf" and world.is_first:
+        log = MLPerf(Path(recipe.out), sum(loader.samples))
 
     files = tokenizer_files(data)
     run, checkpoint = open_run(recipe, resume_from, world)
@@ -57,4 +62,6 @@ def pretrain(recipe: PretrainRecipe, resume_from: str | None = None) -> Path | N
     validation = Validation(run, held_out.batch(0, sequences), byte_lengths, recipe.validation)
     samples = Samples(run, tokenizer, recipe.samples, tokenizer.encode)
     callbacks = beside(run, world, validation, samples)
+    if log is not None:
+        callbacks.insert(1, log)  # behind validation
     return train_stage(recipe, model, objective, run, checkpoint, files, callbacks, world)

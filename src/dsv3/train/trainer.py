@@ -40,6 +40,7 @@ class Progressed:
     samples: int = 0  # sequences
     skipped: int = 0  # steps left out for a non-finite loss or gradient, in all
     skipped_in_row: int = 0
+    reached: bool = False  # validation.target, which ends the run
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has seen all it is to see."""
-        return self.seen >= self.objective.extent.total
+        """Whether the run has seen all it is to see, or has reached its target."""
+        return self.state.reached or self.seen >= self.objective.extent.total
 
     def train(self) -> None:
         """Run to the end. SIGTERM and SIGINT end the loop after the step in progress."""
@@ -169,7 +170,7 @@ class Trainer:
         learning_rate, gamma = self.schedules.learning_rate(seen), self.schedules.gamma(seen)
 
         done = self.objective.accumulate(self, sequences)
-        with self.world.clock.waiting():
+        with self.world.clock.waiting("in the sum of gradients"):
             self.weights.collect()
         norm = clip_gradients(self.weights, self.recipe.optimizer.clip, self.world)
         self.balancer.gather()
@@ -180,7 +181,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
-            with self.world.clock.waiting():
+            with self.world.clock.waiting("in the gathering of weights"):
                 self.weights.publish()
             self.balancer.update(gamma)
             state.skipped_in_row = 0

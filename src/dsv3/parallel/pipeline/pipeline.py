@@ -20,9 +20,11 @@ from torch.distributed.pipelining.schedules import (
 
 from dsv3.common.errors import UserError
 from dsv3.data.loader import Batch
+from dsv3.data.targets import labels
 from dsv3.model import DeepSeekV3
 from dsv3.model.linear import Embedding
 from dsv3.model.loss import Losses, Share
+from dsv3.ops.cross_entropy import IGNORE
 from dsv3.parallel.pipeline import split
 from dsv3.parallel.pipeline.cut import V_SHAPED, costs, cut, stages_of
 from dsv3.parallel.pipeline.slice import Part, Slice, Work
@@ -102,6 +104,36 @@ class Pipeline:
         runner.step(micro=numbers, target=numbers, losses=[], return_outputs=False)
         self._add_embedding_gradients()
         return work.losses(self.depths, device)
+
+    @torch.no_grad()
+    def read(self, rows: Batch, sequences: int = 8) -> float:
+        """Mean loss of the next token over held-out rows, nats; the same on every rank of the group.
+
+        Slice after slice, ``sequences`` at a time; nothing overlaps. Every rank has the same rows.
+        """
+        device = next(self.part.parameters()).device
+        count = len(rows.tokens_BT)
+        batches = [rows.slice(at, at + sequences).to(device) for at in range(0, count, sequences)]
+        tokens = sum(int((labels(batch, self.length, 0) != IGNORE).sum()) for batch in batches)
+        work = Work(batches, self.length, Share([tokens], count), mtp_weight=0.0)
+        slices = dict(zip(self.stages, self.slices))
+        owners = {s: rank for rank in range(self.ranks) for s in stages_of(self.schedule, rank, self.ranks)}
+        for module in self.slices:
+            module.work = work
+        for micro, batch in enumerate(batches):
+            x = None
+            for stage in sorted(slices):
+                before, after = owners.get(stage - 1, self.rank), owners.get(stage + 1, self.rank)
+                if before != self.rank:
+                    shape = (len(batch.tokens_BT), self.length, self.config.hidden_size)
+                    x = torch.empty(shape, dtype=self.dtype, device=device)
+                    dist.recv(x, group=self.group, group_src=before)
+                x = slices[stage](x, micro=micro)
+                if after != self.rank:
+                    dist.send(x.contiguous(), group=self.group, group_dst=after)
+        loss = work.losses(self.depths, device).main
+        dist.all_reduce(loss, group=self.group)
+        return float(loss)
 
     def _runner(self, micro_batches: int, sequences: int, device: torch.device) -> Any:
         """The schedule for so many micro-batches of this shape: as a rule the one of the step before."""

@@ -107,7 +107,7 @@ def _biases(trainer: Trainer) -> dict[str, Tensor]:
 _MAY_CHANGE = {
     "out", "device", "compile", "recompute", "max_skipped", "checkpoint", "validation", "samples", "log",
     "total_tokens", "steps", "evaluation", "shown", "optimizer", "schedule", "balance", "mtp", "precision",
-    "fp8", "parallel",
+    "fp8", "parallel", "mlperf",
 }  # fmt: skip
 
 

@@ -41,8 +41,11 @@ Tracker = Callable[[dict[str, Any], int], None]
 
 
 def open_tracker(name: str, run: RunFolder) -> Tracker | None:
-    """TensorBoard, wandb or trackio as a function of (numbers, step); None for ``none``."""
-    if name == "none":
+    """TensorBoard, wandb or trackio as a function of (numbers, step); None for ``none``.
+
+    None for ``mlperf`` too, which wants more than numbers (:mod:`dsv3.train.callbacks.mlperf`).
+    """
+    if name in ("none", "mlperf"):
         return None
     module = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}[name]
     try:

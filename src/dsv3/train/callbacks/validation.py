@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from dsv3.config.train import SamplesSection, ValidationSection
 from dsv3.data.loader import Batch
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.evaluate.held_out import HeldOut, evaluate
+from dsv3.evaluate.held_out import HeldOut, evaluate, in_bytes
 from dsv3.evaluate.sample import generate
 from dsv3.parallel.world import World
 from dsv3.train.run import RunFolder
@@ -17,22 +18,32 @@ from dsv3.train.trainer import Callback, StepReport, Trainer
 
 
 class Validation(Callback):
-    """Reads the same held-out sequences every ``validation.every`` steps and at the end."""
+    """Reads the same held-out sequences every ``validation.every`` steps and at the end.
+
+    ``seconds``: what the last reading took. A loss at or below ``validation.target`` ends the run.
+    """
 
     def __init__(self, run: RunFolder, rows: Batch, byte_lengths: Tensor, options: ValidationSection):
         self.run, self.options = run, options
         self.rows, self.byte_lengths = rows, byte_lengths
         self.last: HeldOut | None = None
         self.last_step = -1
+        self.seconds = 0.0
 
     def measure(self, trainer: Trainer) -> None:
         """Evaluate now, unless this step already was."""
         if self.last_step == trainer.state.step:
             return
+        started = time.monotonic()
         trainer.model.eval()
-        found = evaluate(trainer.model, self.rows, self.byte_lengths, trainer.recipe.sequence_length)
+        length = trainer.recipe.sequence_length
+        if trainer.pipeline is None:
+            found = evaluate(trainer.model, self.rows, self.byte_lengths, length)
+        else:
+            found = in_bytes(trainer.pipeline.read(self.rows), self.rows, self.byte_lengths, length)
         trainer.model.train()
         self.last, self.last_step = found, trainer.state.step
+        self.seconds = time.monotonic() - started
         self.run.metric(
             {
                 "step": trainer.state.step,
@@ -47,6 +58,21 @@ class Validation(Callback):
             f"step {trainer.state.step}: held-out {found.bits_per_byte:.3f} bits per byte"
             + (f", MTP acceptance {accepted}" if accepted else "")
         )
+        self._compare(trainer, found.loss)
+
+    def _compare(self, trainer: Trainer, loss: float) -> None:
+        """End the run where its target is reached; of many processes the first one's loss counts."""
+        target = self.options.target
+        loss = trainer.world.gather([loss])[0][0]
+        trainer.state.reached = target is not None and loss <= target
+        if target is not None and trainer.finished:
+            which = "is at" if trainer.state.reached else "has not come down to"
+            self.run.log(f"step {trainer.state.step}: held-out loss {loss:.4f} {which} the target {target:g}")
+
+    def on_start(self, trainer: Trainer) -> None:
+        """A run that goes on after its target was reached: the target may be another now."""
+        if trainer.state.reached:
+            self.measure(trainer)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Every ``validation.every`` steps."""
@@ -104,12 +130,8 @@ class Samples(Callback):
 
 
 def beside(run: RunFolder, world: World, validation: Validation, samples: Samples) -> list[Callback]:
-    """The two, as far as the run's layout lets a model read text on its side."""
-    found: list[Callback] = []
-    if world.layout.pipeline > 1:
-        run.log("a pipeline reads no held-out text: dsv3 eval reads the finished model")
-    else:
-        found.append(validation)
+    """The two, as far as the run's layout lets a model write text on its side."""
+    found: list[Callback] = [validation]
     if world.size > 1:  # all ranks would have to write the same text in step
         run.log("many processes write no samples: dsv3 generate shows what the model can do")
     else:
