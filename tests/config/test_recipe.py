@@ -63,6 +63,17 @@ def test_an_override_may_fill_an_empty_section(tmp_path: Path) -> None:
     assert load(Run, written(tmp_path, ""), ["--out", "a"]).out == "a"
 
 
+def test_a_section_given_in_part_keeps_the_recipes_defaults() -> None:
+    class Gentle(Run):
+        optimizer: Optimizer = Optimizer(lr=1e-6)
+
+    assert validate(Gentle, {"out": "x", "optimizer": {"fused": True}}).optimizer == Optimizer(
+        lr=1e-6, fused=True
+    )
+    assert validate(Gentle, {"out": "x", "optimizer": {"lr": 2.0}}).optimizer.lr == 2
+    assert validate(Run, {"out": "x", "optimizer": {"fused": True}}).optimizer.lr == 1e-3
+
+
 def test_shorthand(tmp_path: Path) -> None:
     path = written(tmp_path, "out: a\noptimizer: {size: small}\n")
     assert load(Run, path).optimizer.lr == 0.1

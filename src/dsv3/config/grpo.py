@@ -140,25 +140,6 @@ class AnswersSection(BatchSection):
     micro_sequences: int = Field(32, gt=0, description="answers a forward and backward pass")
 
 
-class GentleOptimizerSection(OptimizerSection):
-    """AdamW with DeepSeekMath's learning rate, and no decay."""
-
-    lr: float = Field(1e-6, gt=0, description="peak learning rate; a tiny model's may be 300 times higher")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay, not on norms and biases")
-
-
-class StillBalanceSection(BalanceSection):
-    """The experts' biases stay as they are."""
-
-    gamma: float = Field(0.0, ge=0, description="must be 0: the experts' biases stay as they are")
-
-
-class StillMTPSection(MTPSection):
-    """The MTP module drafts and is not trained."""
-
-    weight: float = Field(0.0, ge=0, description="must be 0: the MTP module stays as it is")
-
-
 class GRPORecipe(TrainRecipe):
     """Everything a GRPO run needs to know."""
 
@@ -179,9 +160,16 @@ class GRPORecipe(TrainRecipe):
     evaluation: EvaluationSection = Field(EvaluationSection(), description="held-out accuracy")
     shown: ShownSection = Field(ShownSection(), description="table of completions")
     batch: AnswersSection = Field(AnswersSection(), description="answers")
-    optimizer: GentleOptimizerSection = Field(GentleOptimizerSection(), description="optimizer")
-    balance: StillBalanceSection = Field(StillBalanceSection(), description="balancing")
-    mtp: StillMTPSection = Field(StillMTPSection(), description="multi-token prediction")
+    optimizer: OptimizerSection = Field(
+        OptimizerSection(lr=1e-6, weight_decay=0.0),
+        description="optimizer; tiny models: lr 300 times as high",
+    )
+    balance: BalanceSection = Field(
+        BalanceSection(gamma=0.0), description="gamma must be 0: the experts' biases stay as they are"
+    )
+    mtp: MTPSection = Field(
+        MTPSection(weight=0.0), description="weight must be 0: the MTP module drafts and is not trained"
+    )
 
     @property
     def rollout_prompts(self) -> int:

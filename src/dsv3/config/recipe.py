@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args
 
@@ -34,6 +35,15 @@ class Recipe(BaseModel):
             kinds = cls.model_fields[info.field_name].annotation
             if bool not in (kinds, *get_args(kinds)) and {int, float} & {kinds, *get_args(kinds)}:
                 raise ValueError("needs a number")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _keep_a_sections_defaults(cls, value: Any, info: ValidationInfo) -> Any:
+        """What a section given in part leaves out is this recipe's default, not its class's."""
+        default = cls.model_fields[info.field_name].default if info.field_name else None
+        if isinstance(default, Recipe) and isinstance(value, Mapping):
+            return {**default.model_dump(exclude_unset=True), **value}
         return value
 
     @classmethod
