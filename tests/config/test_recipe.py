@@ -72,6 +72,7 @@ def test_a_section_given_in_part_keeps_the_recipes_defaults() -> None:
     )
     assert validate(Gentle, {"out": "x", "optimizer": {"lr": 2.0}}).optimizer.lr == 2
     assert validate(Run, {"out": "x", "optimizer": {"fused": True}}).optimizer.lr == 1e-3
+    assert (keys(Gentle)["optimizer.lr"][2], keys(Run)["optimizer.lr"][2]) == (1e-6, 1e-3)
 
 
 def test_shorthand(tmp_path: Path) -> None:

@@ -101,19 +101,26 @@ def _section(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
     return None
 
 
-def keys(cls: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, str, Any]]:
-    """Every dotted key of a recipe class: ``{key: (type, description, default)}``; no default is ``...``."""
+def keys(
+    cls: type[BaseModel], prefix: str = "", section: BaseModel | None = None
+) -> dict[str, tuple[str, str, Any]]:
+    """Every dotted key of a recipe class: ``{key: (type, description, default)}``; no default is ``...``.
+
+    ``section``: of this class, with the defaults that a recipe has for it.
+    """
     found: dict[str, tuple[str, str, Any]] = {}
     if issubclass(cls, Recipe):
         found.update({prefix + name: ("str", text, None) for name, text in cls.shorthand.items()})
     for name, info in cls.model_fields.items():
-        section = _section(cls, name)
-        if section is not None:
-            found.update(keys(section, f"{prefix}{name}."))
-            continue
         default = info.get_default(call_default_factory=True) if not info.is_required() else ...
         if default is PydanticUndefined:
             default = ...
+        if section is not None:
+            default = getattr(section, name)
+        below = _section(cls, name)
+        if below is not None:
+            found.update(keys(below, f"{prefix}{name}.", default if isinstance(default, BaseModel) else None))
+            continue
         kind = getattr(info.annotation, "__name__", None) or str(info.annotation)
         if get_args(info.annotation):
             kind = str(info.annotation).replace("typing.", "")
