@@ -68,3 +68,29 @@ def test_document_mask(documents: list[int]) -> None:
     for query, mine in enumerate(documents):
         for key, theirs in enumerate(documents):
             assert bool(mask[0, 0, query, key]) == (mine == theirs and key <= query)
+
+
+@given(small, small, st.integers(1, 6), st.integers(1, 12), st.booleans())
+def test_the_last_queries_of_longer_keys(b: int, h: int, queries: int, more: int, masked: bool) -> None:
+    """Their rows of the whole sequence's result; no gradient for a key that nobody sees."""
+    q, k, v = qkv(b, h, queries + more, 5, 4)
+    mask = document_mask(torch.randint(3, (b, queries + more)).sort()[0]) if masked else None
+    last = slice(more, None)
+    agree(
+        lambda q, k, v: causal_attention(q[:, :, last], k, v, 0.3, mask[:, :, last] if masked else None),
+        lambda q, k, v: causal_attention_reference(q, k, v, 0.3, mask)[:, :, last],
+        *(q, k, v),
+        tolerance=2e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_the_last_queries(dtype: torch.dtype) -> None:
+    """Longer than a block of queries, in both ways of computing."""
+    q, k, v = qkv(1, 2, 400, 8, 8, dtype)
+    agree(
+        lambda q, k, v: causal_attention(q[:, :, 230:], k, v, 0.3),
+        lambda q, k, v: causal_attention_reference(q, k, v, 0.3)[:, :, 230:],
+        *(q, k, v),
+        tolerance=2e-5 if dtype is torch.float32 else 0.03,
+    )

@@ -1,7 +1,9 @@
 """Causal attention over expanded heads, optionally within documents only (floor 1).
 
+There may be more keys than queries: the queries are then the last ones of the sequence.
+
 Shapes: B batch, H heads, T time, Q query/key width, V value width, G heads at once, S keys a block of
-queries sees, X any width.
+queries sees (and the keys of all), X any width.
 
 On a CPU, FP32 attention runs by blocks of queries against the keys they may see, as batched matrix products
 and torch's fused softmax. The backward makes the weights again, whole rows of them, so it needs neither the
@@ -30,29 +32,39 @@ def document_mask(documents_BT: Tensor) -> Tensor:
     return same & earlier
 
 
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Boolean ``[queries, keys]``: where one of the last ``queries`` of ``keys`` tokens may see a key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
 def causal_attention_reference(
     q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, mask_B1TT: Tensor | None = None
 ) -> Tensor:
     """The specification: scores, softmax in FP32, weighted sum of values."""
     scores = (q_BHTQ @ k_BHTQ.transpose(-1, -2)).float() * scale
     if mask_B1TT is None:
-        length = q_BHTQ.shape[2]
-        mask_B1TT = torch.ones(length, length, dtype=torch.bool, device=q_BHTQ.device).tril()
+        mask_B1TT = causal_mask(q_BHTQ.shape[2], k_BHTQ.shape[2], q_BHTQ.device)
     weights = scores.masked_fill(~mask_B1TT, float("-inf")).softmax(dim=-1)
     return weights.to(v_BHTV.dtype) @ v_BHTV
 
 
-def _blocks(batch: int, heads: int, length: int) -> Iterator[tuple[int, slice, slice]]:
-    """Which heads and queries of a sequence are worked on together; any length fits the bound on scores."""
-    queries = max(1, min(BLOCK, length, BLOCK_ELEMENTS // length))
-    together = max(1, min(heads, BLOCK_ELEMENTS // (queries * length)))
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice, slice]]:
+    """Which heads and queries of a sequence are worked on together, and the keys that those see.
+
+    Any length fits the bound on scores.
+    """
+    (batch, heads, length, _), keys = q.shape, k.shape[2]
+    queries = max(1, min(BLOCK, length, BLOCK_ELEMENTS // keys))
+    together = max(1, min(heads, BLOCK_ELEMENTS // (queries * keys)))
     for sequence in range(batch):
         for first in range(0, heads, together):
             for start in range(0, length, queries):
+                stop = min(start + queries, length)
                 yield (
                     sequence,
                     slice(first, min(first + together, heads)),
-                    slice(start, min(start + queries, length)),
+                    slice(start, stop),
+                    slice(0, keys - length + stop),
                 )
 
 
@@ -64,13 +76,13 @@ class _Weights:
         size = min(BLOCK, q.shape[2])
         self.later = torch.full((size, size), float("-inf"), dtype=q.dtype).triu_(1)
 
-    def __call__(self, sequence: int, heads: slice, block: slice) -> Tensor:
-        q, k = self.q[sequence, heads, block], self.k[sequence, heads, : block.stop]
+    def __call__(self, sequence: int, heads: slice, block: slice, seen: slice) -> Tensor:
+        q, k = self.q[sequence, heads, block], self.k[sequence, heads, seen]
         scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=self.scale)
         if self.mask is None:
-            scores[..., block].add_(self.later[: q.shape[1], : q.shape[1]])
+            scores[..., -q.shape[1] :].add_(self.later[: q.shape[1], : q.shape[1]])
         else:
-            mask = self.mask[sequence if self.mask.shape[0] > 1 else 0, :, block, : block.stop]
+            mask = self.mask[sequence if self.mask.shape[0] > 1 else 0, :, block, seen]
             scores.masked_fill_(~mask, float("-inf"))
         return torch.softmax(scores, dim=-1, out=scores)
 
@@ -82,17 +94,22 @@ def _by_token(like_BHTX: Tensor, *, zero: bool = False) -> Tensor:
     return make(batch, length, heads, width).transpose(1, 2)
 
 
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    """Room for the result: as many rows as queries, as wide as values."""
+    return _by_token(v[:, :, : q.shape[2]])
+
+
 @torch.library.custom_op("dsv3::causal_attention", mutates_args=(), device_types="cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None) -> Tensor:
-    out, weights = _by_token(v), _Weights(q, k, scale, mask_B1TT)
-    for b, heads, block in _blocks(*q.shape[:3]):
-        out[b, heads, block] = torch.bmm(weights(b, heads, block), v[b, heads, : block.stop])
+    out, weights = _output(q, v), _Weights(q, k, scale, mask_B1TT)
+    for b, heads, block, seen in _blocks(q, k):
+        out[b, heads, block] = torch.bmm(weights(b, heads, block, seen), v[b, heads, seen])
     return out
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None) -> Tensor:
-    return _by_token(v)
+    return _output(q, v)
 
 
 @torch.library.custom_op("dsv3::causal_attention_backward", mutates_args=(), device_types="cpu")
@@ -101,10 +118,9 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = _by_token(q), _by_token(k, zero=True), _by_token(v, zero=True)
     weights = _Weights(q, k, scale, mask_B1TT)
-    for b, heads, block in _blocks(*q.shape[:3]):
-        seen = slice(0, block.stop)
+    for b, heads, block, seen in _blocks(q, k):
         q_block, g_block = q[b, heads, block], grad[b, heads, block]
-        weight = weights(b, heads, block)
+        weight = weights(b, heads, block, seen)
         # A batched product and a sum, not baddbmm_: into a strided result that would run head by head.
         grad_v[b, heads, seen] += torch.bmm(weight.transpose(1, 2), g_block)
         scores = torch.bmm(g_block, v[b, heads, seen].transpose(1, 2))
@@ -139,12 +155,17 @@ def causal_attention(
 ) -> Tensor:
     """Causal attention ``[B, H, T, V]``; with a mask, attention where the mask is true (each row somewhere).
 
+    ``k_BHTQ`` and ``v_BHTV`` may have more tokens than ``q_BHTQ``, which are then the last of them; a mask
+    has a row a query and a column a key.
+
     Any float dtype; softmax in FP32 (FP64 for FP64).
     """
     on_cpu = q_BHTQ.device.type == "cpu"
     if on_cpu and q_BHTQ.dtype in (torch.float32, torch.float64):
         return _attention(q_BHTQ, k_BHTQ, v_BHTV, scale, mask_B1TT)
     width = v_BHTV.shape[-1]
+    if mask_B1TT is None and q_BHTQ.shape[2] < k_BHTQ.shape[2]:  # torch's own mask has queries come first
+        mask_B1TT = causal_mask(q_BHTQ.shape[2], k_BHTQ.shape[2], q_BHTQ.device)
     pad = q_BHTQ.shape[-1] - width if on_cpu else 0  # torch's flash kernel on a CPU wants equal widths
     if pad < 0:  # values wider than keys: pad those instead, zeros add nothing to a score
         q_BHTQ, k_BHTQ = F.pad(q_BHTQ, (0, -pad)), F.pad(k_BHTQ, (0, -pad))
