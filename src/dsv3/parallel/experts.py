@@ -60,7 +60,7 @@ class Trip:
         """The messages that arrived."""
         assert self.pending is not None
         work, arrived, _ = self.pending
-        with self.clock.waiting():
+        with self.clock.waiting("while rows travelled"):
             work.wait()
         self.pending = None
         return arrived
@@ -181,7 +181,7 @@ class ExpertParallel:
     def dispatch(self, x_ND: Tensor, routing: Routing, load_E: Tensor) -> tuple[Tensor, Tensor, Travelling]:
         """See :class:`dsv3.model.moe.Dispatcher`."""
         arriving_E = torch.empty_like(load_E)
-        with self.clock.waiting():
+        with self.clock.waiting("in the exchange of loads"):
             dist.all_to_all_single(arriving_E, load_E, group=self.group)
         arriving_PX, leaving_PX = arriving_E.view(self.ranks, -1), load_E.view(self.ranks, -1)
         send, receive = torch.stack((leaving_PX.sum(dim=1), arriving_PX.sum(dim=1))).tolist()

@@ -131,7 +131,7 @@ class World:
         if self.meshes is None:
             return values
         total = values.clone()
-        with self.clock.waiting():
+        with self.clock.waiting("in the gathering of numbers"):
             dist.all_reduce(total)
         return total
 
@@ -140,7 +140,7 @@ class World:
         if self.meshes is None:
             return values
         total = values.to(self.device)
-        with self.clock.waiting():
+        with self.clock.waiting("in a sum over all ranks"):
             dist.all_reduce(total, group=self.meshes.group("data"))
         return total.to(values.device)
 
@@ -150,7 +150,7 @@ class World:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         everyone = mine.new_empty(self.size, len(mine))
-        with self.clock.waiting():
+        with self.clock.waiting("in a sum over data ranks"):
             all_gather(everyone.view(-1), mine)
         return [[float(x) for x in row] for row in everyone.tolist()]
 
@@ -200,6 +200,8 @@ class World:
             return Failure(f"a collective failed {doing}, every rank answers: {reason}")
         named = ", ".join(map(str, sorted(silent)))
         return Failure(
+        if self.clock.what:
+            doing = f"{doing}, {self.clock.what}"
             f"rank {named} does not answer {doing} (seen from rank {self.rank}: {reason}); torchrun "
             "--max-restarts N starts again, --resume auto goes on from the last checkpoint"
         )

@@ -170,7 +170,7 @@ class Trainer:
         learning_rate, gamma = self.schedules.learning_rate(seen), self.schedules.gamma(seen)
 
         done = self.objective.accumulate(self, sequences)
-        with self.world.clock.waiting():
+        with self.world.clock.waiting("in the sum of gradients"):
             self.weights.collect()
         norm = clip_gradients(self.weights, self.recipe.optimizer.clip, self.world)
         self.balancer.gather()
@@ -181,7 +181,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
-            with self.world.clock.waiting():
+            with self.world.clock.waiting("in the gathering of weights"):
                 self.weights.publish()
             self.balancer.update(gamma)
             state.skipped_in_row = 0
