@@ -10,13 +10,20 @@ from dsv3.config.recipe import Recipe
 
 
 class ParallelSection(Recipe):
-    """Sizes of the axes. Processes = pipeline * data_replicate * data_shard; expert divides data_shard.
+    """Sizes of the axes. Processes = pipeline * data_replicate * data_shard.
+
+    ``expert`` and ``context`` divide data_shard.
 
     Launched by ``torchrun``; the defaults are one process, or plain data parallelism over all there are.
     """
 
     pipeline: int = Field(1, gt=0, description="pipeline ranks (the report: 16)")
     expert: int = Field(1, gt=0, description="ranks that share a layer's experts (the report: 64)")
+    context: int = Field(
+        1,
+        gt=0,
+        description="ranks that share each sequence, a part of its tokens each (not in the report)",
+    )
     data_shard: int | None = Field(
         None, gt=0, description="data ranks that share what zero says; null: all that the other axes leave"
     )

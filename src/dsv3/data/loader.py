@@ -24,20 +24,22 @@ class Batch:
 
     ``tokens_BT`` int64. ``documents_BT`` int32, the document of each token, counted from 0 in its row; None:
     not told apart, as the report packs (4.1). ``bears_BT`` bool, tokens that bear loss as targets; None: all.
+    ``positions_BT`` int64, for rows that are parts of sequences; None: from 0 on, in each document.
     """
 
     tokens_BT: torch.Tensor
     documents_BT: torch.Tensor | None = None
     bears_BT: torch.Tensor | None = None
+    positions_BT: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same rows on a device."""
-        rows = (self.tokens_BT, self.documents_BT, self.bears_BT)
+        rows = (self.tokens_BT, self.documents_BT, self.bears_BT, self.positions_BT)
         return Batch(*(None if x is None else x.to(device) for x in rows))  # type: ignore[arg-type]
 
     def slice(self, first: int, stop: int) -> Batch:
         """Rows ``first`` .. ``stop``."""
-        rows = (self.tokens_BT, self.documents_BT, self.bears_BT)
+        rows = (self.tokens_BT, self.documents_BT, self.bears_BT, self.positions_BT)
         return Batch(*(None if x is None else x[first:stop] for x in rows))  # type: ignore[arg-type]
 
 

@@ -27,6 +27,13 @@ def labels(batch: Batch, length: int, depth: int) -> Tensor:
     return target
 
 
+def positions(batch: Batch, length: int) -> torch.Tensor | None:
+    """Of the first ``length`` tokens, ``[B, T]``; None: 0 .. length - 1 in every row."""
+    if batch.positions_BT is not None:
+        return batch.positions_BT[:, :length]
+    return None if batch.documents_BT is None else restarted_positions(batch.documents_BT[:, :length])
+
+
 def restarted_positions(documents_BT: Tensor) -> Tensor:
     """Positions that begin at zero with each document, ``[B, T]``."""
     place = torch.arange(documents_BT.shape[1], device=documents_BT.device).expand_as(documents_BT)

@@ -30,15 +30,19 @@ class Context:
     mask_B1TT: Tensor | None = None
 
 
+def keys_and_values(attention: MLA, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
+    """Every head's, ``[B, T, H, Q]`` and ``[B, T, H, V]``."""
+    kv_BTHX = attention.kv_b_proj(latent_BTC).unflatten(-1, (attention.heads, -1))
+    k_nope, v = kv_BTHX.split([attention.nope, attention.value], dim=-1)
+    k_rope = k_rope_BTR[:, :, None].expand(-1, -1, attention.heads, -1)
+    return torch.cat((k_nope, k_rope), dim=-1), v
+
+
 def expanded_attention(
     attention: MLA, q_BTHQ: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, context: Context
 ) -> Tensor:
     """The default core: make every head's keys and values from the latent, then attend; ``[B, T, H V]``."""
-    batch, length, heads, _ = q_BTHQ.shape
-    kv_BTHX = attention.kv_b_proj(latent_BTC).view(batch, length, heads, -1)
-    k_nope, v = kv_BTHX.split([attention.nope, attention.value], dim=-1)
-    k_rope = k_rope_BTR[:, :, None].expand(-1, -1, heads, -1)
-    k = torch.cat((k_nope, k_rope), dim=-1)
+    k, v = keys_and_values(attention, latent_BTC, k_rope_BTR)
     out = causal_attention(
         q_BTHQ.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention.scale, context.mask_B1TT
     )

@@ -90,17 +90,21 @@ class Gate(nn.Module):
         return Routing(indices_NK, gates_NK * self.factor, scores_NE)
 
 
+@torch.no_grad()
+def hits(scores_BTE: Tensor, chosen: int) -> Tensor:
+    """How often expert i is among a sequence's K best by s alone, ``[B, E]`` in s's dtype."""
+    top = scores_BTE.topk(chosen, dim=-1, sorted=False)[1].flatten(1)
+    hits_BE = torch.zeros(top.shape[0], scores_BTE.shape[-1], dtype=scores_BTE.dtype, device=top.device)
+    return hits_BE.scatter_add_(1, top, torch.ones_like(top, dtype=scores_BTE.dtype))
+
+
 def balance_loss(scores_BTE: Tensor, chosen: int) -> Tensor:
     """Sequence-wise balance loss (report 2.1.2) before alpha: mean over sequences of sum_i f_i P_i.
 
     One sequence of all tokens makes it the batch-wise loss of report 4.5.3.
     """
-    experts = scores_BTE.shape[-1]
-    with torch.no_grad():  # f: how often expert i is among the K best by s alone, 1 when even
-        top = scores_BTE.topk(chosen, dim=-1, sorted=False)[1].flatten(1)
-        hits_BE = torch.zeros(top.shape[0], experts, dtype=scores_BTE.dtype, device=top.device)
-        hits_BE.scatter_add_(1, top, torch.ones_like(top, dtype=scores_BTE.dtype))
-        f_BE = hits_BE * (experts / top.shape[1])
+    _, length, experts = scores_BTE.shape
+    f_BE = hits(scores_BTE, chosen) * (experts / (length * chosen))  # 1 when even
     p_BE = (scores_BTE / scores_BTE.sum(dim=-1, keepdim=True)).mean(dim=1)
     return (f_BE * p_BE).sum(dim=-1).mean()
 
@@ -150,7 +154,10 @@ class LocalDispatcher:
 
 
 class MoE(nn.Module):
-    """Routed experts, shared experts, and the gate. The layer calls its parts one by one."""
+    """Routed experts, shared experts, and the gate. The layer calls its parts one by one.
+
+    ``balance_loss`` is a seam: where sequences are cut, their parts must be counted together.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -161,6 +168,7 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, hidden * config.n_shared_experts)
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.balance_loss: Callable[[Tensor, int], Tensor] = balance_loss
 
     def route(self, u_BTD: Tensor) -> tuple[Routing, RouterStats]:
         """Choose experts for ``[B, T, D]`` and say how the load fell."""
@@ -172,7 +180,7 @@ class MoE(nn.Module):
         loss = None
         if self.alpha and torch.is_grad_enabled():
             cut = u_BTD.shape[:2] if self.by_sequence else (1, -1)
-            loss = balance_loss(routing.scores_NE.unflatten(0, cut), self.gate.chosen)
+            loss = self.balance_loss(routing.scores_NE.unflatten(0, cut), self.gate.chosen)
         return routing, RouterStats(load_E, loss)
 
     def shared(self, u_BTD: Tensor) -> Tensor | None:

@@ -4,7 +4,8 @@ Ranks are numbered with the pipeline outermost, then copies, then what is left o
 innermost, so that ranks that share experts are neighbours and fill nodes. A pipeline stage has
 ``replicate * shard`` data ranks: each reads data of its own. Dense weights belong to all ``shard`` of them;
 the experts of a layer are dealt to the ``expert`` neighbours, and what an expert rank holds belongs to
-``expert_shard = shard / expert`` ranks.
+``expert_shard = shard / expert`` ranks. ``context`` neighbours read the same sequences, each a part of the
+tokens; to weights they are data ranks like others.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ class Layout:
     replicate: int = 1
     shard: int = 1
     expert: int = 1
+    context: int = 1
 
     @property
     def data(self) -> int:
-        """Ranks that read data of their own."""
+        """Ranks of a stage: each has tokens of its own."""
         return self.replicate * self.shard
+
+    @property
+    def readers(self) -> int:
+        """Shares a batch is cut into; the ranks of a context have the same one."""
+        return self.data // self.context
 
     @property
     def world(self) -> int:
@@ -49,7 +56,7 @@ class Layout:
     def __str__(self) -> str:
         return (
             f"pipeline {self.pipeline}, data_replicate {self.replicate}, data_shard {self.shard}, "
-            f"expert {self.expert}"
+            f"expert {self.expert}" + (f", context {self.context}" if self.context > 1 else "")
         )
 
 
@@ -57,11 +64,12 @@ def resolve(section: ParallelSection, config: ModelConfig, world: int) -> Layout
     """The layout a recipe asks for on ``world`` processes; :class:`UserError` says what does not divide."""
     fixed = section.pipeline * section.data_replicate
     shard = section.data_shard or max(1, world // fixed)
-    layout = Layout(section.pipeline, section.data_replicate, shard, section.expert)
+    layout = Layout(section.pipeline, section.data_replicate, shard, section.expert, section.context)
     why = misfit(layout, config, world, section.schedule)
     if why is None:
         return layout
-    near = sorted(fitting(config, world, section.schedule), key=lambda other: _distance(layout, other))
+    fit = [other for c in {1, section.context} for other in fitting(config, world, section.schedule, c)]
+    near = sorted(fit, key=lambda other: _distance(layout, other))
     way_out = "; layouts that fit: " + " | ".join(map(str, near[:3])) if near else ""
     if world == 1 and not near[1:]:
         way_out += "; start several processes: torchrun --nproc-per-node N -m dsv3 ..."
@@ -77,6 +85,8 @@ def misfit(layout: Layout, config: ModelConfig, world: int, schedule: str = "dua
         )
     if layout.shard % layout.expert:
         return f"expert ({layout.expert}) must divide data_shard ({layout.shard})"
+    if layout.shard % layout.context:
+        return f"context ({layout.context}) must divide data_shard ({layout.shard})"
     has_experts = any(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     if layout.expert > 1 and not has_experts:
         return f"expert ({layout.expert}) needs a model with experts"
@@ -91,13 +101,15 @@ def misfit(layout: Layout, config: ModelConfig, world: int, schedule: str = "dua
     return None
 
 
-def fitting(config: ModelConfig, world: int, schedule: str = "dualpipev") -> Iterator[Layout]:
-    """Every layout of ``world`` processes that fits the model."""
+def fitting(
+    config: ModelConfig, world: int, schedule: str = "dualpipev", context: int = 1
+) -> Iterator[Layout]:
+    """Every layout of ``world`` processes with so many to a context that fits the model."""
     for pipeline in _divisors(world):
         for copies in _divisors(world // pipeline):
             shard = world // pipeline // copies
             for expert in _divisors(shard):
-                layout = Layout(pipeline, copies, shard, expert)
+                layout = Layout(pipeline, copies, shard, expert, context)
                 if misfit(layout, config, world, schedule) is None:
                     yield layout
 
@@ -111,6 +123,7 @@ def _distance(wanted: Layout, other: Layout) -> float:
     pairs = (
         (wanted.pipeline, other.pipeline, 1.0), (wanted.replicate, other.replicate, 1.0),
         (wanted.expert, other.expert, 1.0), (wanted.shard, other.shard, 0.1),
+        (wanted.context, other.context, 1.0),
     )  # fmt: skip
     return sum(weight * abs(math.log2(a / b)) for a, b, weight in pairs)
 
@@ -121,7 +134,8 @@ class Meshes:
 
     ``dense``: dimensions (replicate, shard), what dense weights are spread over. ``experts``: (replicate,
     expert_shard), the ranks with the same experts. ``dealt``: (replicate, expert, expert_shard), the order in
-    which a stacked expert tensor is cut: by expert rank first, then among those that share.
+    which a stacked expert tensor is cut: by expert rank first, then among those that share. ``context``: the
+    ranks with the same sequences, None where each has its own.
     """
 
     layout: Layout
@@ -131,6 +145,7 @@ class Meshes:
     experts: DeviceMesh
     dealt: DeviceMesh
     data: dist.ProcessGroup
+    context: dist.ProcessGroup | None = None
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The ranks beside this one along an axis: pipeline, replicate, shard, expert, expert_shard, data."""
@@ -160,6 +175,12 @@ def make_meshes(layout: Layout, device_type: str) -> Meshes:
     )
     shard = whole["expert_shard", "expert"]._flatten("shard").get_group()
     data = whole["replicate", "expert_shard", "expert"]._flatten("data").get_group()
+    context = None
+    if layout.context > 1:
+        parts = (layout.world // layout.context, layout.context)
+        context = init_device_mesh(device_type, parts, mesh_dim_names=("rest", "context"))[
+            "context"
+        ].get_group()
     own = rank % layout.expert
     return Meshes(
         layout,
@@ -173,4 +194,5 @@ def make_meshes(layout: Layout, device_type: str) -> Meshes:
             stage.permute(0, 2, 1),
         ),
         data=data,
+        context=context,
     )

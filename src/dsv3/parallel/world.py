@@ -18,8 +18,9 @@ from dsv3.checkpoint.distributed import file_names
 from dsv3.common.errors import Failure, UserError
 from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import ParallelSection
+from dsv3.data.loader import Batch
 from dsv3.model import DeepSeekV3
-from dsv3.parallel import experts
+from dsv3.parallel import context, experts
 from dsv3.parallel.clock import Clock
 from dsv3.parallel.collectives import all_gather
 from dsv3.parallel.experts import Traffic
@@ -68,12 +69,22 @@ class World:
     @property
     def data_rank(self) -> int:
         """Which share of every batch this process reads."""
-        return 0 if self.meshes is None else self.meshes.place("data")
+        return 0 if self.meshes is None else self.meshes.place("data") // self.layout.context
 
     @property
     def data_size(self) -> int:
         """Shares a batch is cut into."""
-        return self.layout.data
+        return self.layout.readers
+
+    def part_length(self, length: int) -> int:
+        """Tokens of a row that this rank works on, of a sequence of ``length``."""
+        return length if self.layout.context == 1 else length // (2 * self.layout.context)
+
+    def part(self, batch: Batch, length: int) -> Batch:
+        """What this rank works on of its share of a batch: all of it, or its parts of the sequences."""
+        if self.meshes is None or self.meshes.context is None:
+            return batch
+        return context.part(batch, length, dist.get_rank(self.meshes.context), self.layout.context)
 
     def cut(self, model: DeepSeekV3, length: int) -> Pipeline | None:
         """This rank's stages of a pipeline, None without one; the model's other layers lose their memory.
@@ -82,7 +93,7 @@ class World:
         """
         if self.meshes is None or self.layout.pipeline == 1:
             return None
-        pipeline = Pipeline(model, self.schedule, self.meshes.group("pipeline"), length)
+        pipeline = Pipeline(model, self.schedule, self.meshes.group("pipeline"), self.part_length(length))
         kept = {id(p) for p in pipeline.part.parameters()}
         for module in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
             if not any(id(p) in kept for p in module.parameters()):
@@ -99,6 +110,8 @@ class World:
         if self.meshes is None:
             return Weights(model), {}
         part: nn.Module = model if pipeline is None else pipeline.part
+        if self.meshes.context is not None:
+            context.apply(model, pipeline, self.meshes.context, self.clock)
         traffic = experts.apply(part, self.meshes, self.node_size, fp8, self.clock)
         weights = (ZeRO1 if self.zero == 1 else FSDP)(part, self.meshes)
         for name in pipeline.repeated if pipeline is not None else ():
@@ -111,7 +124,7 @@ class World:
         """What this rank writes of a whole model, by file names: every tensor is one rank's.
 
         The experts it was dealt, unless a rank before it has the same; of the other tensors of its stage
-        every ``data_size``-th. Ranks take part together: shards are gathered one tensor at a time.
+        a turn. Ranks take part together: shards are gathered one tensor at a time.
         """
         assert self.meshes is not None
         turn = 0
@@ -120,7 +133,7 @@ class World:
                 own = self.meshes.place("replicate") == self.meshes.place("expert_shard") == 0
                 first = self.meshes.place("expert") * len(tensor)
             else:
-                own, first = turn % self.data_size == self.data_rank, 0
+                own, first = turn % self.layout.data == self.meshes.place("data"), 0
                 turn += 1
             if own and name not in weights.elsewhere:
                 for file_name, part in file_names(name, tensor, first, model.config):
@@ -131,7 +144,7 @@ class World:
         if self.meshes is None:
             return values
         total = values.clone()
-        with self.clock.waiting("in the gathering of numbers"):
+        with self.clock.waiting("in a sum over all ranks"):
             dist.all_reduce(total)
         return total
 
@@ -140,7 +153,7 @@ class World:
         if self.meshes is None:
             return values
         total = values.to(self.device)
-        with self.clock.waiting("in a sum over all ranks"):
+        with self.clock.waiting("in a sum over data ranks"):
             dist.all_reduce(total, group=self.meshes.group("data"))
         return total.to(values.device)
 
@@ -150,7 +163,7 @@ class World:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         everyone = mine.new_empty(self.size, len(mine))
-        with self.clock.waiting("in a sum over data ranks"):
+        with self.clock.waiting("in the gathering of numbers"):
             all_gather(everyone.view(-1), mine)
         return [[float(x) for x in row] for row in everyone.tolist()]
 
@@ -187,6 +200,8 @@ class World:
         Everybody whose collective failed says so in the launcher's store; who is hung or dead does not.
         """
         assert self.meshes is not None
+        if self.clock.what:
+            doing = f"{doing}, {self.clock.what}"
         store = dist.distributed_c10d._get_default_store()
         silent = set(range(self.size))
         with suppress(RuntimeError):  # the store may be gone with its host
@@ -200,8 +215,6 @@ class World:
             return Failure(f"a collective failed {doing}, every rank answers: {reason}")
         named = ", ".join(map(str, sorted(silent)))
         return Failure(
-        if self.clock.what:
-            doing = f"{doing}, {self.clock.what}"
             f"rank {named} does not answer {doing} (seen from rank {self.rank}: {reason}); torchrun "
             "--max-restarts N starts again, --resume auto goes on from the last checkpoint"
         )

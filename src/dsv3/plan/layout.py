@@ -60,6 +60,8 @@ def rehearse(recipe: PretrainRecipe, gpus: int) -> tuple[Layout, list[RankPlan]]
     layout = resolve(section, config, gpus)
     if section.zero == 3:
         raise UserError("parallel.zero (3) is not rehearsed: use --parallel.zero 1, the report's")
+    if layout.context > 1:
+        raise UserError(f"parallel.context ({layout.context}) is not rehearsed: use --parallel.context 1")
     micro_batches = _micro_batches(recipe, layout)
     name = section.schedule if layout.pipeline > 1 else "1f1b"
     orders = schedule(name, layout.pipeline, micro_batches).orders

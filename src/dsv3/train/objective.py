@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsv3.data.loader import Batch
-from dsv3.data.targets import labels, restarted_positions
+from dsv3.data.targets import labels, positions
 from dsv3.model import DeepSeekV3
 from dsv3.model.loss import Losses, Share, states_loss
 from dsv3.train.logits import Teacher
@@ -42,11 +42,11 @@ def language_loss(
     """
     tokens_BX = batch.tokens_BT
     documents_BT = None if batch.documents_BT is None else batch.documents_BT[:, :length]
-    positions = None if documents_BT is None else restarted_positions(documents_BT)
+    positions_BT = positions(batch, length)
     states, router = model.hidden_states(
         tokens_BX[:, :length],
         future_ids_BF=tokens_BX[:, length : length + len(model.mtp_modules)],
-        positions_BT=positions,
+        positions_BT=positions_BT,
         documents_BT=documents_BT,
         mtp=mtp_weight > 0,
     )
@@ -60,7 +60,7 @@ def language_loss(
     divergence = None
     if teacher is not None:
         divergence = teacher.divergence(
-            model, states[0], tokens_BX[:, :length], targets[0], positions, documents_BT
+            model, states[0], tokens_BX[:, :length], targets[0], positions_BT, documents_BT
         ) / max(1, share.tokens[0])
         total = total + teacher.weight * divergence
         divergence = divergence.detach()
@@ -77,20 +77,22 @@ class LanguageModelling:
     def accumulate(self, trainer: Trainer, sequences: int) -> Accumulated:
         """Gradients of the whole step's batch, one micro batch at a time; of this rank's share of each."""
         world, micro, first = trainer.world, trainer.recipe.batch.micro_sequences, trainer.state.samples
-        mtp_weight = trainer.schedules.mtp_weight(trainer.seen)
+        mtp_weight, length = trainer.schedules.mtp_weight(trainer.seen), world.part_length(self.length)
         batches = [
             self.loader.batch(first + done, min(micro, sequences)) for done in range(0, sequences, micro)
         ]
+        if trainer.pipeline is not None:
+            batches = trainer.pipeline.divided(batches)
+        batches = [world.part(batch, self.length) for batch in batches]
         depths = 1 + len(trainer.model.mtp_modules)
-        counts = [sum(int((labels(b, self.length, k) >= 0).sum()) for b in batches) for k in range(depths)]
+        counts = [sum(int((labels(b, length, k) >= 0).sum()) for b in batches) for k in range(depths)]
         share = Share(world.add_data(torch.tensor(counts)).tolist(), sequences)
         batches = [batch.to(trainer.device) for batch in batches]
         losses = []
         if trainer.pipeline is not None:
-            batches = trainer.pipeline.divided(batches)
             losses.append(trainer.pipeline.accumulate(batches, share, mtp_weight))
         for batch in batches if trainer.pipeline is None else ():
-            loss, parts = language_loss(trainer.model, batch, self.length, share, mtp_weight, self.teacher)
+            loss, parts = language_loss(trainer.model, batch, length, share, mtp_weight, self.teacher)
             loss.backward()
             losses.append(parts)
         for parts in losses:

@@ -44,8 +44,10 @@ def sft(recipe: SFTRecipe, resume_from: str | None = None) -> Path | None:
     valid = ExampleLoader(held_out, length, extra, pad_id=pad)
     files = tokenizer_files(Path(str(recipe.start)))
     teacher = Teacher.load(recipe.teacher, tokenizer, recipe.model.vocab_size, device)
-    if teacher is not None and world.layout.pipeline > 1:
-        raise UserError("teacher.path and parallel.pipeline do not go together: leave one of them away")
+    if teacher is not None and world.layout.pipeline * world.layout.context > 1:
+        raise UserError(
+            "teacher.path goes with neither parallel.pipeline nor parallel.context: leave it or them away"
+        )
     objective = LanguageModelling(loader, length, len(loader) * length, teacher)
     check_shares(recipe, objective.extent, world)
 

@@ -87,6 +87,12 @@ def check_shares(recipe: TrainRecipe, extent: Extent, world: World) -> None:
             f"batch.micro_sequences ({micro}) must be a multiple of the {ranks} data ranks, which share a "
             f"forward and backward pass; try {-(-micro // ranks) * ranks}"
         )
+    chunks = 2 * world.layout.context
+    if chunks > 2 and recipe.sequence_length % chunks:
+        raise UserError(
+            f"sequence_length ({recipe.sequence_length}) must be a multiple of {chunks}, twice "
+            f"parallel.context; try {-(-recipe.sequence_length // chunks) * chunks}"
+        )
     schedules, seen = Schedules(recipe, extent), 0
     while seen < extent.total and (sequences := schedules.sequences(seen)) < micro:  # where a ramp begins
         if sequences % ranks:
@@ -173,7 +179,7 @@ def train_stage(
         if changed:
             run.log(f"changed since it was saved: {'; '.join(changed)}")
         if trainer.finished:
-            run.log(f"all {objective.extent.total} {objective.extent.unit} are seen already")
+            run.log("the run is at its end already")
     trainer.train()
     if trainer.stopping:
         run.log(f"stopped by {trainer.stopping} at step {trainer.state.step}; checkpoint saved")

@@ -112,10 +112,11 @@ class Pipeline:
         Slice after slice, ``sequences`` at a time; nothing overlaps. Every rank has the same rows.
         """
         device = next(self.part.parameters()).device
+        length = rows.tokens_BT.shape[1] - 1 - self.depths  # whole sequences, also where training cuts them
         count = len(rows.tokens_BT)
         batches = [rows.slice(at, at + sequences).to(device) for at in range(0, count, sequences)]
-        tokens = sum(int((labels(batch, self.length, 0) != IGNORE).sum()) for batch in batches)
-        work = Work(batches, self.length, Share([tokens], count), mtp_weight=0.0)
+        tokens = sum(int((labels(batch, length, 0) != IGNORE).sum()) for batch in batches)
+        work = Work(batches, length, Share([tokens], count), mtp_weight=0.0)
         slices = dict(zip(self.stages, self.slices))
         owners = {s: rank for rank in range(self.ranks) for s in stages_of(self.schedule, rank, self.ranks)}
         for module in self.slices:
@@ -125,7 +126,7 @@ class Pipeline:
             for stage in sorted(slices):
                 before, after = owners.get(stage - 1, self.rank), owners.get(stage + 1, self.rank)
                 if before != self.rank:
-                    shape = (len(batch.tokens_BT), self.length, self.config.hidden_size)
+                    shape = (len(batch.tokens_BT), length, self.config.hidden_size)
                     x = torch.empty(shape, dtype=self.dtype, device=device)
                     dist.recv(x, group=self.group, group_src=before)
                 x = slices[stage](x, micro=micro)

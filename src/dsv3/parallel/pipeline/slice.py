@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3.data.loader import Batch
-from dsv3.data.targets import labels, restarted_positions
+from dsv3.data.targets import labels, positions
 from dsv3.model import DeepSeekV3
 from dsv3.model.attention import Context
 from dsv3.model.layer import DecoderLayer
@@ -26,7 +26,6 @@ from dsv3.model.linear import Embedding
 from dsv3.model.loss import Losses, Share, states_loss
 from dsv3.model.moe import MoE, RouterStats
 from dsv3.model.mtp import MTPModule
-from dsv3.ops.attention import document_mask
 from dsv3.ops.rope import inverse_frequencies, rotations
 from dsv3.ops.weight_gradients import WeightGradients
 from dsv3.parallel.pipeline.steps import Cuts, Steps, finish, layer_steps
@@ -120,6 +119,7 @@ class Slice(Part):
     ):
         super().__init__(model, pieces, embedding)
         self.gradients = WeightGradients()
+        self.document_mask = model.document_mask
         self.frequency_P, self.rope_factor = inverse_frequencies(model.config)
         self._lookup = (borrowed,)  # in a tuple: not a module of this slice
 
@@ -130,12 +130,13 @@ class Slice(Part):
 
     def context(self, batch: Batch, length: int) -> Context:
         """Rotations, and with documents positions that restart and a mask."""
+        where = positions(batch, length)
+        if where is None:
+            where = torch.arange(length, device=batch.tokens_BT.device)
+        turned = rotations(where, self.frequency_P, self.rope_factor)
         if batch.documents_BT is None:
-            positions = torch.arange(length, device=batch.tokens_BT.device)
-            return Context(rotations(positions, self.frequency_P, self.rope_factor))
-        documents_BT = batch.documents_BT[:, :length]
-        turned = rotations(restarted_positions(documents_BT), self.frequency_P, self.rope_factor)
-        return Context(turned, document_mask(documents_BT))
+            return Context(turned)
+        return Context(turned, self.document_mask(batch.documents_BT[:, :length]))
 
     def forward(self, x_BTD: Tensor | None = None, *, micro: Tensor | int) -> Tensor:
         """The stream after this slice, ``[B, T, D]``; from the end the micro-batch's loss, a scalar.
