@@ -24,8 +24,9 @@ from dsv3.data.special import FIRST
 from dsv3.data.tokenizer import Tokenizer, train
 from dsv3.model import DeepSeekV3
 from dsv3.serve import grammar as grammar_module
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
 from dsv3.serve.grammar import Grammars, forbidden
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence
 from tests.model.build import tiny_model

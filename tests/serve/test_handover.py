@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from dsv3.common.errors import Failure
 from dsv3.serve.channel import Channel, Frame
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
 from dsv3.serve.handover import Handover, from_wire, give, take, to_wire
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence
 from tests.model.build import tiny_model

@@ -13,7 +13,8 @@ import dsv3
 from dsv3.data.tokenizer import Tokenizer, train
 from dsv3.evaluate.sample import complete, generate
 from dsv3.model import DeepSeekV3
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from tests.model.build import tiny_model
 from tests.model.transformers_twin import twin_of
 

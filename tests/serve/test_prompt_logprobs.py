@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 import dsv3
 from dsv3.model import DeepSeekV3
-from dsv3.serve.engine import Engine, Options, Update
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence, TokenLogprob
+from dsv3.serve.updates import Update
 from tests.model.build import tiny_model
 
 READ = SamplingParams(max_tokens=0, prompt_logprobs=2)

@@ -18,7 +18,8 @@ from dsv3.model import DeepSeekV3
 from dsv3.model.moe import LocalDispatcher, Routing
 from dsv3.ops.native import decode
 from dsv3.quant.packed import Integers, pack
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from dsv3.serve.placement import Placement, imbalance
 from dsv3.serve.replicas import Replicas, Spread
 from dsv3.serve.sequence import Sequence

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from dsv3.evaluate.sample import generate
 from dsv3.model import DeepSeekV3
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence
 from tests.model.build import tiny_model

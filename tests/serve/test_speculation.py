@@ -14,7 +14,8 @@ import torch
 from dsv3.common.errors import UserError
 from dsv3.evaluate.sample import generate
 from dsv3.model import DeepSeekV3
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sampler import DRAFT, Row, choose
 from dsv3.serve.sequence import Sequence

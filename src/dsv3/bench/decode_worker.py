@@ -22,7 +22,7 @@ WARM_UP = 4  # tokens of an answer nobody times: memory is mapped, kernels are c
 def ours(job: dict[str, Any]) -> tuple[Answer, dict[str, Any]]:
     """``dsv3.LLM`` as it comes, with room for all prompts in its first step."""
     import dsv3
-    from dsv3.serve.engine import BLOCK_SIZE
+    from dsv3.serve.options import BLOCK_SIZE
     from dsv3.serve.params import SamplingParams
 
     largest, length = max(job["batches"]), job["prompt_tokens"] + job["tokens"]

@@ -27,8 +27,9 @@ from dsv3.config.recipe import validate
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
 from dsv3.serve.channel import Channel, Frame
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
 from dsv3.serve.handover import Handover, from_wire, give, take, to_wire
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.placement import place
 from dsv3.serve.replicas import Replicas

@@ -55,7 +55,8 @@ def serve(
     from dsv3.serve.api.limits import read_keys
     from dsv3.serve.api.server import Listener, bind
     from dsv3.serve.api.settings import Settings
-    from dsv3.serve.engine import Engine, Options
+    from dsv3.serve.engine import Engine
+    from dsv3.serve.options import Options
 
     levels = ("debug", "info", "warning", "error")
     if log_level not in levels:

@@ -19,10 +19,10 @@ from typing import Any
 from dsv3.common.errors import UserError, nearest
 from dsv3.common.files import write_atomic
 from dsv3.common.progress import Progress
-from dsv3.serve.engine import usage_of
 from dsv3.serve.llm import LLM
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence
+from dsv3.serve.updates import usage_of
 
 FIELDS = {field.name for field in fields(SamplingParams)}
 QUEUED = 4  # requests in the engine, as a multiple of its batch: the rest waits in the file

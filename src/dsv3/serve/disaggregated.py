@@ -34,10 +34,10 @@ import torch
 from dsv3.common.errors import Failure, UserError
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.serve.channel import Broken, Channel, wait
-from dsv3.serve.engine import Update, Usage
 from dsv3.serve.handover import logprobs_from_json
 from dsv3.serve.llm import Completion, Output, Prompt
 from dsv3.serve.params import SamplingParams
+from dsv3.serve.updates import Update, Usage
 
 PREFILL, DECODE = "prefill", "decode"
 HANDED, DONE = "handed", "done"  # other places an answer can be: on its way, at its end

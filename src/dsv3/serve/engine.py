@@ -12,9 +12,7 @@ import math
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -23,9 +21,10 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
 from dsv3.serve.attention import install
 from dsv3.serve.blocks import BlockManager
-from dsv3.serve.cache import FORMATS, LatentCache, row_bytes
+from dsv3.serve.cache import LatentCache
 from dsv3.serve.grammar import Grammars
 from dsv3.serve.layers import keep_bf16
+from dsv3.serve.options import BLOCK_SIZE, Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.runner import Runner, States
 from dsv3.serve.sampler import logprobs
@@ -33,96 +32,9 @@ from dsv3.serve.scheduler import Chunk, Scheduler
 from dsv3.serve.sequence import Sequence, TokenLogprob
 from dsv3.serve.speculation import Drafter, verify
 from dsv3.serve.text import Detokeniser
+from dsv3.serve.updates import Stats, Update, usage_of
 
-BLOCK_SIZE = 16  # tokens a cache block
 SCORED = 64  # prompt tokens whose logits are held at once
-MEMORY_SHARE = 0.25  # of the free memory, for the cache, unless told how many tokens
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an engine runs; what a request asks for is in :class:`SamplingParams`.
-
-    ``draft_tokens``: drafts a step by the MTP module, 0 for none. ``max_batch``: sequences at once.
-    ``max_batch_tokens``: tokens a step at most; prompts are cut to fit. ``max_length``: tokens of prompt and
-    answer together; None: what the model was made for, or fewer if the cache is smaller. ``cache_tokens``:
-    tokens the cache holds; None: ``max_batch`` of the greatest length, within a quarter of the free memory.
-    ``cache_dtype``: float32, bfloat16, fp8 or auto, what the model computes in.
-    """
-
-    draft_tokens: int = 0
-    max_batch: int = 16
-    max_batch_tokens: int = 512
-    max_length: int | None = None
-    cache_tokens: int | None = None
-    cache_dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, least in (("draft_tokens", 0), ("max_batch", 1), ("max_batch_tokens", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} ({value!r}) must be a whole number, at least {least}")
-        for name, least in (("max_length", 2), ("cache_tokens", BLOCK_SIZE)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise UserError(f"{name} ({value!r}) must be a whole number, at least {least}, or None")
-        if self.cache_dtype not in ("auto", *FORMATS):
-            raise UserError(f"cache_dtype ({self.cache_dtype!r}) must be one of auto, {', '.join(FORMATS)}")
-        least = self.max_batch * (1 + self.draft_tokens)
-        if self.max_batch_tokens < least:
-            raise UserError(
-                f"max_batch_tokens ({self.max_batch_tokens}) must be at least {least}, a token and its drafts"
-                f" for each of max_batch ({self.max_batch}) sequences"
-            )
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of a request. ``cached_tokens``: of the prompt, found in the cache. ``drafted``, ``accepted``:
-    tokens the MTP module proposed, and those of them that stood."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    drafted: int
-    accepted: int
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a step added to one answer of a request. ``usage`` comes with the request's last update.
-
-    ``finish_reason``: None while there is more to come; stop, length, or error where the model's logits were
-    not finite or the grammar ran into a limit. ``prompt_logprobs``: with the first update of answer 0, if
-    they were asked for: one a token of the prompt, None for the first and those left out.
-    """
-
-    request_id: str
-    index: int
-    token_ids: list[int]
-    text: str
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
-    usage: Usage | None = None
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-
-
-@dataclass
-class Stats:
-    """Counted since the engine started. ``accepted_at[j]``: drafts that stood as the j-th of their step."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    drafted_at: list[int] = field(default_factory=list)
-    accepted_at: list[int] = field(default_factory=list)
-
-    @property
-    def acceptance(self) -> float:
-        """Share of the drafts that stood; nan without any."""
-        drafted = sum(self.drafted_at)
-        return sum(self.accepted_at) / drafted if drafted else float("nan")
 
 
 class Engine:
@@ -139,36 +51,16 @@ class Engine:
         config, drafts = model.config, options.draft_tokens
         if drafts and not model.mtp_modules:
             raise UserError(f"draft_tokens ({drafts}) needs an MTP module, and this model has none; use 0")
-        layers = config.num_hidden_layers + bool(drafts)
         embedding = model.model.embed_tokens
         dtype, device = embedding.compute_dtype or embedding.weight.dtype, embedding.weight.device
-        kind = options.cache_dtype
-        if kind == "auto":
-            kind = "bfloat16" if dtype == torch.bfloat16 else "float32"
-        longest = options.max_length or config.max_position_embeddings
-        if longest > config.max_position_embeddings:
-            raise UserError(
-                f"max_length ({longest}) exceeds the model's max_position_embeddings"
-                f" ({config.max_position_embeddings})"
-            )
-        tokens = options.cache_tokens
-        spare = 2 * drafts  # rows of drafts that may turn out to be wrong
-        if tokens is None:
-            row = layers * row_bytes(config.kv_lora_rank, config.qk_rope_head_dim, kind)
-            fits = int(MEMORY_SHARE * _free_memory(device)) // row
-            tokens = max(BLOCK_SIZE * 4, min(options.max_batch * (longest + spare), fits))
-        count = -(-tokens // BLOCK_SIZE)
-        self.max_length = min(longest, count * BLOCK_SIZE - spare)
-        if options.max_length is not None and self.max_length < options.max_length:
-            raise UserError(
-                f"max_length ({options.max_length}) does not fit cache_tokens ({tokens}): raise it to"
-                f" {options.max_length + spare} or lower max_length to {self.max_length}"
-            )
+        room = options.room(config, dtype, device)
+        self.max_length = room.max_length
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
         self.cache = LatentCache(
-            layers, count * BLOCK_SIZE, config.kv_lora_rank, config.qk_rope_head_dim, kind, dtype, device
-        )
-        self.blocks = BlockManager(count, BLOCK_SIZE)
+            room.layers, room.blocks * BLOCK_SIZE, config.kv_lora_rank, config.qk_rope_head_dim, room.kind,
+            dtype, device,
+        )  # fmt: skip
+        self.blocks = BlockManager(room.blocks, BLOCK_SIZE)
         self.scheduler = Scheduler(self.blocks, options.max_batch, options.max_batch_tokens, drafts)
         self.runner = Runner(model, self.cache)
         self.drafter = Drafter(model, self.cache, drafts, BLOCK_SIZE, self.vocab_size) if drafts else None
@@ -389,17 +281,6 @@ class Engine:
         return Detokeniser(self.tokenizer.token_bytes, hidden, params.stop)
 
 
-def usage_of(sequences: Many[Sequence]) -> Usage:
-    """Tokens of a request with these answers; the prompt is counted once."""
-    return Usage(
-        prompt_tokens=sequences[0].prompt_length,
-        completion_tokens=sum(len(s.tokens) - s.prompt_length for s in sequences),
-        cached_tokens=sequences[0].cached_tokens or 0,
-        drafted=sum(s.drafted for s in sequences),
-        accepted=sum(s.accepted for s in sequences),
-    )
-
-
 def _ended(sequence: Sequence) -> bool:
     """End a sequence that wants no token, or whose prompt has scores that are not numbers; whether it did."""
     scores = sequence.prompt_logprobs if len(sequence.tokens) == sequence.prompt_length else None
@@ -448,10 +329,3 @@ def _logprobs(
         for sequence, new in zip(sequences, chosen)
         if sequence.params.logprobs is not None
     }
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available

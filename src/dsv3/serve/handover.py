@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from dsv3.common.errors import Failure
-from dsv3.serve.engine import BLOCK_SIZE, Engine
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import BLOCK_SIZE
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence, TokenLogprob
 

@@ -17,9 +17,11 @@ from dsv3.common.progress import Progress
 from dsv3.data.fim import join
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
-from dsv3.serve.engine import Engine, Options, Update, Usage
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence, TokenLogprob
+from dsv3.serve.updates import Update, Usage
 
 Prompt = str | Many[int]
 
@@ -72,7 +74,7 @@ class LLM:
 
     ``model``: a Hugging Face folder, or a model. ``tokenizer``: None: the folder's, if it has one; without a
     tokenizer prompts are token ids and answers have no text. ``dtype``, ``device``, ``quantize``: as for
-    :func:`dsv3.load`. ``options``: the fields of :class:`dsv3.serve.engine.Options`.
+    :func:`dsv3.load`. ``options``: the fields of :class:`dsv3.serve.options.Options`.
     """
 
     def __init__(

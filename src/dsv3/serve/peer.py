@@ -27,10 +27,11 @@ from typing import Any
 
 from dsv3.common.errors import Failure, UserError
 from dsv3.serve.channel import SMALL, Broken, Channel, HungUp, wait
-from dsv3.serve.engine import Engine, Update, usage_of
+from dsv3.serve.engine import Engine
 from dsv3.serve.handover import Handover, from_wire, give, logprobs_to_json, params_of, take, to_wire
 from dsv3.serve.llm import LLM
 from dsv3.serve.sequence import Sequence
+from dsv3.serve.updates import Update, usage_of
 
 BACKLOG = 2**28  # bytes of handovers not yet sent, from which on no further prompt is computed
 

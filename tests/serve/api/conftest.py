@@ -15,7 +15,8 @@ from dsv3.data.tokenizer import Tokenizer, train
 from dsv3.serve.api.app import create_app
 from dsv3.serve.api.server import Listener, bind
 from dsv3.serve.api.settings import Settings
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from tests.model.build import tiny_model
 
 

@@ -6,7 +6,7 @@ from dsv3.data.chat import encode
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.serve.api.chat import Choice, prompt
 from dsv3.serve.api.schemas import ChatRequest
-from dsv3.serve.engine import Update
+from dsv3.serve.updates import Update
 from tests.serve.api.conftest import Api
 
 ASK = {"role": "user", "content": "some words"}

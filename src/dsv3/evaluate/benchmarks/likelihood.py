@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from dsv3.common.errors import Failure
 from dsv3.data.tokenizer import Tokenizer
-from dsv3.serve.engine import BLOCK_SIZE
 from dsv3.serve.llm import LLM
+from dsv3.serve.options import BLOCK_SIZE
 from dsv3.serve.params import SamplingParams
 
 

@@ -21,9 +21,10 @@ from dsv3.serve.api.errors import ApiError, dumps
 from dsv3.serve.api.schemas import FinishReason, Sampling, TopLogprob, UsageBody, unknown
 from dsv3.serve.api.settings import Settings
 from dsv3.serve.api.worker import CUT, Job, Worker
-from dsv3.serve.engine import Engine, Update, Usage
+from dsv3.serve.engine import Engine
 from dsv3.serve.params import LEAST_TEMPERATURE, LEAST_TOP_P, SamplingParams
 from dsv3.serve.sequence import TokenLogprob
+from dsv3.serve.updates import Update, Usage
 
 log = logging.getLogger("dsv3.serve")
 T = TypeVar("T")

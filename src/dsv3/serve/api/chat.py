@@ -30,7 +30,7 @@ from dsv3.serve.api.schemas import (
 )
 from dsv3.serve.api.tools import Arguments, Content, Part, ToolParser, grammar
 from dsv3.serve.api.worker import Job
-from dsv3.serve.engine import Update
+from dsv3.serve.updates import Update
 
 
 def _message(message: Message) -> dict[str, Any]:

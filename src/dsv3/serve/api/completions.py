@@ -17,8 +17,8 @@ from dsv3.serve.api.answering import KEEP_ALIVE, Events, Server, Tally, finish, 
 from dsv3.serve.api.errors import Json
 from dsv3.serve.api.schemas import Completion, CompletionLogprobs, CompletionRequest, FinishReason
 from dsv3.serve.api.worker import Job
-from dsv3.serve.engine import Update
 from dsv3.serve.sequence import TokenLogprob
+from dsv3.serve.updates import Update
 
 DEFAULT_TOKENS = 16  # OpenAI's
 

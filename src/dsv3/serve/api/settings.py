@@ -1,4 +1,4 @@
-"""How the server behaves; how the engine runs is in :class:`dsv3.serve.engine.Options`."""
+"""How the server behaves; how the engine runs is in :class:`dsv3.serve.options.Options`."""
 
 from __future__ import annotations
 

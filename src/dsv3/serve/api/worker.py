@@ -18,8 +18,9 @@ from functools import partial
 from dsv3.common.errors import UserError
 from dsv3.serve.api.errors import ApiError, internal
 from dsv3.serve.api.metrics import Metrics
-from dsv3.serve.engine import Engine, Update, usage_of
+from dsv3.serve.engine import Engine
 from dsv3.serve.params import SamplingParams
+from dsv3.serve.updates import Update, usage_of
 
 log = logging.getLogger("dsv3.serve")
 

@@ -16,7 +16,8 @@ from dsv3.common.errors import Failure
 from dsv3.data.permutation import combine
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.model import DeepSeekV3
-from dsv3.serve.engine import Engine, Options
+from dsv3.serve.engine import Engine
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.train.grpo.routing import Recorder
 
