@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ class Measured:
     """What came out. ``figure``: in a few words, with its spread; ``verdict``: at this scale.
 
     ``header`` and ``rows``: the table of the claim's section. ``data``: what its plot is drawn from.
+    ``runs``: how large the training runs were, where there were any.
     """
 
     figure: str
     verdict: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     data: dict[str, Any] = field(default_factory=dict)
+    runs: str = ""
 
 
 @dataclass(frozen=True)

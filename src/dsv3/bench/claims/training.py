@@ -1,7 +1,7 @@
 """The training runs behind the claims, shared by all of them, and what is read from their lines.
 
 A variation is the baseline with a few keys changed; every claim that needs it finds the same run, in
-``OUT/training/SCALE/seed-N/NAME``. Shapes: E experts.
+``OUT/training/SCALE/seed-N/NAME``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,7 @@ from dsv3.bench.claims.claim import Options
 from dsv3.bench.claims.text import prepared
 from dsv3.bench.paired import Run
 from dsv3.config.model import ModelConfig
-from dsv3.plan.params import train_flops_per_token
-from dsv3.train.run import read_lines
+from dsv3.plan.params import counts, train_flops_per_token
 
 VOCABULARY = 2048  # of recipes/data-claims.yaml
 FAST_MODEL: dict[str, int] = {
@@ -75,6 +73,11 @@ VARIATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def scale_of(options: Options) -> Scale:
+    """The scale that the options ask for."""
+    return FAST if options.fast else FULL
+
+
 def steps_of(name: str, scale: Scale) -> int:
     """Steps of a variation: the scale's, but for the one that is given the baseline's FLOPs."""
     if name != LONGER:
@@ -86,7 +89,7 @@ def steps_of(name: str, scale: Scale) -> int:
 
 def trained(names: Sequence[str], options: Options) -> list[Run]:
     """The runs of these variations from every seed, brought to their end where they are not."""
-    scale = FAST if options.fast else FULL
+    scale = scale_of(options)
     data = str(prepared())
     variations = {name: (*scale.words(), *VARIATIONS[name][1]) for name in names}
     runs = paired.runs_of(variations, options.seeds, options.out / "training" / scale.name)
@@ -105,27 +108,46 @@ def finished(run: Run) -> bool:
     return (run.folder / "model").is_dir()
 
 
-def losses_by_source(run: Run) -> dict[str, Any]:
-    """The last line of held-out text."""
-    lines = read_lines(run.folder / "metrics.jsonl")
-    return [line for line in lines if "validation_loss" in line][-1]
+def gathered(runs: Sequence[Run], options: Options) -> dict[str, dict[str, Any]]:
+    """What the lines of each variation's runs say, a value a seed; ``violation_series``: bins of 10 steps.
+
+    MaxVio is the main model's: mean over its layers with experts, of the last quarter of the steps.
+    """
+    layers = scale_of(options).config().num_hidden_layers
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        lines = paired.steps_of(run)
+        violation = np.array([_violation(line, layers) for line in lines])
+        row = found.setdefault(run.name, {"what": VARIATIONS[run.name][0], "steps": len(lines), "seeds": []})
+        row["seeds"].append(run.seed)
+        values = {
+            "bits_per_byte": paired.held_out(run),
+            "max_violation": float(violation[-max(1, len(violation) // 4) :].mean()),
+            "max_violation_last": float(violation[-max(1, len(violation) // 30) :].mean()),
+            "tokens_per_second": float(np.quantile([line["tokens_per_second"] for line in lines], 0.9)),
+            "violation_series": violation[: len(violation) // 10 * 10].reshape(-1, 10).mean(axis=1).tolist(),
+        }
+        for key, value in values.items():
+            row.setdefault(key, []).append(value)
+    return found
 
 
-def violations(run: Run, layers: int) -> np.ndarray:
-    """MaxVio of every step, mean over the main model's layers with experts; ``layers``: main layers."""
-    return np.array(
-        [
-            np.mean([value for layer, value in line["max_violation"].items() if int(layer) < layers])
-            for line in paired.steps_of(run)
-        ]
+def _violation(line: dict[str, Any], layers: int) -> float:
+    return float(np.mean([value for layer, value in line["max_violation"].items() if int(layer) < layers]))
+
+
+def changes(found: dict[str, dict[str, Any]], name: str, reference: str) -> list[float]:
+    """Held-out bits per byte of a variation above the reference's from the same seed, in percent."""
+    pairs = zip(found[name]["bits_per_byte"], found[reference]["bits_per_byte"])
+    return [100 * (ours / theirs - 1) for ours, theirs in pairs]
+
+
+def size(options: Options) -> str:
+    """How large the runs are, in words."""
+    scale, length = scale_of(options), paired.SEQUENCES * paired.LENGTH
+    config = scale.config()
+    return (
+        f"{counts(config).main / 1e6:.1f}M parameters (and an MTP module), {config.num_experts_per_tok} of"
+        f" {config.n_routed_experts} experts in {config.num_hidden_layers - config.first_k_dense_replace}"
+        f" layers, {scale.steps:,} steps of {length:,} tokens, seeds {', '.join(map(str, options.seeds))}"
     )
-
-
-def late(values: np.ndarray) -> float:
-    """Mean of the last quarter."""
-    return float(values[-max(1, len(values) // 4) :].mean())
-
-
-def folder_of(run: Run) -> Path:
-    """The trained model."""
-    return run.folder / "model"

@@ -1,13 +1,28 @@
 """``dsv3 bench``: measured beside named peers in the same run. One module a verb, registered by import."""
 
-from dsv3.cli.bench import train, fp8, moe, pipeline, convert, decode, serve, deployment, evaluate, length  # noqa: I001 (help order)
+from dsv3.cli.bench import (  # noqa: I001 (help order)
+    train,
+    fp8,
+    moe,
+    pipeline,
+    convert,
+    decode,
+    serve,
+    deployment,
+    evaluate,
+    length,
+    claims,
+    end_to_end,
+)
 from dsv3.cli.bench.group import app
 
 __all__ = [
     "app",
+    "claims",
     "convert",
     "decode",
     "deployment",
+    "end_to_end",
     "evaluate",
     "fp8",
     "length",
