@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,16 @@ def command(run: Run, steps: int, data: str) -> list[str]:
     return [sys.executable, "-m", "dsv3", "pretrain", str(RECIPE), *words, *run.words, "--resume", "auto"]
 
 
-def train(runs: Sequence[Run], steps: int, data: str, workers: int, title: str) -> None:
-    """Bring every run to its end, ``workers`` at a time."""
+def train(
+    runs: Sequence[Run],
+    steps: int,
+    data: str,
+    workers: int,
+    title: str,
+    words_of: Callable[[Run], list[str]] | None = None,
+) -> None:
+    """Bring every run to its end, ``workers`` at a time. ``words_of``: a run's command, if another."""
+    words_of = words_of or (lambda run: command(run, steps, data))
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
     waiting, running = list(runs), dict[Run, subprocess.Popen[bytes]]()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs below are ended in any case
@@ -86,7 +94,7 @@ def train(runs: Sequence[Run], steps: int, data: str, workers: int, title: str) 
                     run.folder.parent.mkdir(parents=True, exist_ok=True)
                     with open(f"{run.folder}.log", "ab") as log:
                         running[run] = subprocess.Popen(
-                            command(run, steps, data), stdout=log, stderr=log, env=environment
+                            words_of(run), stdout=log, stderr=log, env=environment
                         )
                 time.sleep(2.0)
                 for run in [run for run, process in running.items() if process.poll() is not None]:

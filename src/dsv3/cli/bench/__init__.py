@@ -13,6 +13,7 @@ from dsv3.cli.bench import (  # noqa: I001 (help order)
     length,
     claims,
     end_to_end,
+    rcp,
 )
 from dsv3.cli.bench.group import app
 
@@ -28,6 +29,7 @@ __all__ = [
     "length",
     "moe",
     "pipeline",
+    "rcp",
     "serve",
     "train",
 ]
