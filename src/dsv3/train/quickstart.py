@@ -33,8 +33,7 @@ def quickstart(out: Path, total_tokens: int | None = None) -> str:
     if not (RECIPES / "data-tiny.yaml").is_file():
         raise UserError("recipes/data-tiny.yaml is not here: run quickstart in the repository's folder")
     data = recipes.load(DataRecipe, RECIPES / "data-tiny.yaml")
-    data = _with_prose_if_there_is_a_network(data)
-    prepare(data)
+    data = prepare_what_there_is(data)
     overrides = ["--out", str(out), "--data.path", str(data.out)]
     if total_tokens is not None:
         overrides += ["--total_tokens", str(total_tokens)]
@@ -46,8 +45,11 @@ def quickstart(out: Path, total_tokens: int | None = None) -> str:
     return report(out, Path(data.out), recipe)
 
 
-def _with_prose_if_there_is_a_network(data: DataRecipe) -> DataRecipe:
-    """Fetch the prose package; without a network go on with the standard library alone, and say so."""
+def prepare_what_there_is(data: DataRecipe) -> DataRecipe:
+    """Fetch what the recipe fetches and prepare all of it; returns the recipe without what is out of reach.
+
+    Without a network the standard library alone remains, and that is said.
+    """
     sources = []
     for source in data.sources:
         if source.manifest is not None and source.folder is not None:
@@ -57,7 +59,9 @@ def _with_prose_if_there_is_a_network(data: DataRecipe) -> DataRecipe:
                 print(f"no {source.name} this time, only the standard library: {error}")
                 continue
         sources.append(source)
-    return data.model_copy(update={"sources": sources})
+    found = data.model_copy(update={"sources": sources})
+    prepare(found)
+    return found
 
 
 def report(out: Path, data: Path, recipe: PretrainRecipe) -> str:

@@ -85,6 +85,7 @@ KNOWN = {
     "countdown": ("Use each of 4, 5, 3 once with + - * to make 12.", "3 + (4 + 5)"),
     "sorting": ("Sort from smallest to largest: 2, 12, 3, 0", "0, 2, 3, 12"),
     "largest": ("What is the largest of 8, 15, 14, 0?", "15"),
+    "smallest": ("What is the smallest of 14, 0, 2, 13?", "0"),
     "backwards": ("Write from last to first: 9, 16, 14, 13", "13, 14, 16, 9"),
     "evens": ("Which of 17, 7, 20, 16 are even?", "20, 16"),
     "letters": ('How many times is the letter "i" in "pukebri"?', "1"),

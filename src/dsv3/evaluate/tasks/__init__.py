@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dsv3.common.errors import UserError, nearest
 from dsv3.evaluate.tasks.base import DIFFICULTIES, SPLITS, Example, Generator, Solution, Split, Task
-from dsv3.evaluate.tasks.lists import Backwards, Evens, Largest, Sorting
+from dsv3.evaluate.tasks.lists import Backwards, Evens, Largest, Smallest, Sorting
 from dsv3.evaluate.tasks.numbers import (
     Bases,
     Countdown,
@@ -22,7 +22,7 @@ GENERATORS: dict[str, type[Generator]] = {
     kind.name: kind
     for kind in (
         Sums, Products, GreatestDivisor, Bases, Fractions, Sequences, Countdown,
-        Sorting, Largest, Backwards, Evens, Letters, Reversing,
+        Sorting, Largest, Smallest, Backwards, Evens, Letters, Reversing,
     )
 }  # fmt: skip
 

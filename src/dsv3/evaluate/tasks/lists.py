@@ -1,4 +1,4 @@
-"""Generators over lists of numbers: sorting, the largest, the order turned round, the even ones."""
+"""Generators over lists of numbers: sorting, the largest and the smallest, the order turned round, the even ones."""
 
 from __future__ import annotations
 
@@ -55,20 +55,28 @@ class Largest(Listed):
     """The largest of some numbers, by keeping the best so far."""
 
     name = "largest"
+    best = staticmethod(max)
 
     def prompt(self, facts: Facts) -> str:
-        return f"What is the largest of {listed(facts['numbers'])}?"
+        return f"What is the {self.name} of {listed(facts['numbers'])}?"
 
     def correct(self, facts: Facts) -> str:
-        return str(max(facts["numbers"]))
+        return str(self.best(facts["numbers"]))
 
     def steps(self, facts: Facts) -> tuple[str, str]:
-        best, *rest = facts["numbers"]
-        lines = [f"so far {best}"]
+        found, *rest = facts["numbers"]
+        lines = [f"so far {found}"]
         for number in rest:
-            best = number if number > best else best
-            lines.append(f"{number}: so far {best}")
-        return "\n".join(lines), str(best)
+            found = self.best([found, number])
+            lines.append(f"{number}: so far {found}")
+        return "\n".join(lines), str(found)
+
+
+class Smallest(Largest):
+    """The smallest of some numbers, in the same way."""
+
+    name = "smallest"
+    best = staticmethod(min)
 
 
 class Backwards(Listed):
