@@ -1,4 +1,4 @@
-"""Generators over lists of numbers: sorting, the largest and the smallest, the order turned round, the even ones."""
+"""Generators over lists of numbers: sorting, the largest, the smallest, from last to first, the even ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class Largest(Listed):
     """The largest of some numbers, by keeping the best so far."""
 
     name = "largest"
-    best = staticmethod(max)
+
+    def best(self, numbers: list[int]) -> int:
+        return max(numbers)
 
     def prompt(self, facts: Facts) -> str:
         return f"What is the {self.name} of {listed(facts['numbers'])}?"
@@ -76,7 +78,9 @@ class Smallest(Largest):
     """The smallest of some numbers, in the same way."""
 
     name = "smallest"
-    best = staticmethod(min)
+
+    def best(self, numbers: list[int]) -> int:
+        return min(numbers)
 
 
 class Backwards(Listed):
