@@ -4,7 +4,7 @@ TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help quickstart test test-all lint docs format clean
+.PHONY: help quickstart pipeline test test-all lint docs format clean
 
 help:            ## what there is to make
 	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/:.*## +/\t/' | expand -t 16
@@ -27,6 +27,9 @@ $(VENV)/triton: $(VENV)/ready
 
 quickstart: $(VENV)/ready   ## train a tiny model, sample from it, draw the pictures (under 10 minutes on 2 cores)
 	$(BIN)/dsv3 quickstart
+
+pipeline: $(VENV)/ready     ## every stage over three seeds, and a page of it (under an hour on 2 cores; FAST=1: a minute)
+	$(BIN)/dsv3 bench end-to-end recipes/pipeline-$(if $(FAST),fast,tiny).yaml
 
 test: $(VENV)/triton        ## the test suite
 	$(BIN)/python -m pytest -n logical --dist loadfile
