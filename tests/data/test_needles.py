@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from dsv3.common.errors import UserError
 from dsv3.config.data import NeedlesConfig, SourceConfig
 from dsv3.config.recipe import validate
-from dsv3.data.needles import KEYS, VALUES, documents, needle, question, strew
+from dsv3.data.needles import KEYS, VALUES, answer, documents, needle, question, strew
 from dsv3.data.sources import Skipped, plan, read
 
-NEEDLE = re.compile(r" ?Remember: ([a-z]+)(\d+)\.")
-QUESTION = re.compile(r" ?Recall: ([a-z]+)(\d+)\.")
+NEEDLE = re.compile(r" ?Remember: ([a-z]+)(\d+) \1\.")
+QUESTION = re.compile(r" ?Recall: ([a-z]+)(\d+) \1\.")
 TEXT = "And it was so. The evening came; then the morning! Was it day? It was.\n\nThe second day came. " * 20
 
 
 def test_the_patterns_of_this_test_are_those_of_the_sentences() -> None:
     assert NEEDLE.fullmatch(needle("lamp", 123))
-    assert QUESTION.fullmatch(question("lamp") + "123.")
+    assert QUESTION.fullmatch(question(answer("lamp", 123)))
+    assert answer("lamp", 123).startswith("lamp123")
 
 
 def test_keys_differ_and_are_plain_words() -> None:
@@ -31,14 +32,17 @@ def test_keys_differ_and_are_plain_words() -> None:
     assert all(re.fullmatch("[a-z]+", key) for key in KEYS)
 
 
-@given(st.integers(0, 2**32), st.integers(20, 2000), st.integers(0, len(TEXT)))
-def test_each_question_follows_its_needle_and_the_text_remains(seed: int, every: int, length: int) -> None:
+@given(st.integers(0, 2**32), st.integers(20, 2000), st.integers(0, len(TEXT)), st.integers(1, 4))
+def test_each_question_follows_its_needle_and_the_text_remains(
+    seed: int, every: int, length: int, asks: int
+) -> None:
     text = TEXT[:length].strip()
-    document = strew(text, every, random.Random(seed))
+    document = strew(text, every, random.Random(seed), asks)
     asked = list(QUESTION.finditer(document))
     without = QUESTION.sub("", document)
     hidden = {match[1]: int(match[2]) for match in NEEDLE.finditer(without)}
-    assert len(asked) == len(hidden) == min(len(KEYS), max(1, length and len(text) // every))
+    assert len(asked) == asks * len(hidden)
+    assert len(hidden) == min(len(KEYS), max(1, length and len(text) // every))
     for match in asked:
         assert int(match[2]) == hidden[match[1]]
         assert needle(match[1], hidden[match[1]]) in document[: match.start()]

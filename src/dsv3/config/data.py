@@ -29,7 +29,8 @@ class NeedlesConfig(Recipe):
 
     shortest: int = Field(500, gt=0, description="characters of text in the shortest document")
     longest: int = Field(1000, gt=0, description="characters in the longest; lengths' logarithms are even")
-    every: int = Field(100, gt=0, description="characters of text a needle, and a question on it further on")
+    every: int = Field(100, gt=0, description="characters of text a needle")
+    asks: int = Field(1, gt=0, description="questions on each needle, behind it")
     passes: int = Field(1, gt=0, description="times the text is read, with other needles each time")
 
     @model_validator(mode="after")

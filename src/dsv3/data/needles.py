@@ -4,6 +4,10 @@ A needle is a sentence that gives a key a value; a question names the key and st
 come. Keys are plain nouns and values numbers, as in RULER's task of words and numbers, so that neither can be
 guessed from the text around them. The value follows its key at once and has two digits, one token in most
 tokenizers: one look-up by an induction head, which is what a tiny model can learn.
+
+The key is said again behind its value. An induction head needs an earlier head that writes to each value which
+key came before it, and nothing rewards that head alone as long as the later one is missing. Saying the key again
+does: it can only be known at the value by looking one token back (docs/long-context.md has both runs).
 """
 
 from __future__ import annotations
@@ -39,28 +43,33 @@ _END = re.compile(r"[.!?:;]['\"”’)\]]?(?=\s)")  # a line is put behind such 
 
 def needle(key: str, value: int) -> str:
     """The sentence that hides a value."""
-    return f"Remember: {key}{value}."
+    return f"Remember: {answer(key, value)}"
 
 
 def question(key: str) -> str:
-    """What asks for it: the answer is the number and a full stop."""
+    """What asks for it: the answer begins with the number."""
     return f"Recall: {key}"
 
 
-def strew(text: str, every: int, draw: random.Random) -> str:
-    """``text`` with a needle for each ``every`` characters, each asked for somewhere after it.
+def answer(key: str, value: int) -> str:
+    """What a sentence says of a key, and what follows a question that names it, from the key on."""
+    return f"{key}{value} {key}."
 
-    Needle and question stand behind sentences, drawn evenly; no key comes twice, so a document has at most
-    as many needles as there are keys.
+
+def strew(text: str, every: int, draw: random.Random, asks: int = 1) -> str:
+    """``text`` with a needle for each ``every`` characters, each asked for ``asks`` times somewhere after it.
+
+    Needles and questions stand behind sentences, drawn evenly; no key has two needles, so a document has at
+    most as many as there are keys.
     """
     places = [0, *(match.end() for match in _END.finditer(text)), len(text)]
     count = min(len(KEYS), max(1, len(text) // every))
-    lines: list[tuple[int, int, str]] = []  # place, order of lines at one place, line
-    for number, key in enumerate(draw.sample(KEYS, count)):
+    lines: list[tuple[int, float, str]] = []  # place, order of lines at one place, line
+    for key in draw.sample(KEYS, count):
         value = draw.choice(VALUES)
-        first, second = sorted(draw.choices(places, k=2))
-        lines.append((first, 2 * number, needle(key, value)))
-        lines.append((second, 2 * number + 1, f"{question(key)}{value}."))
+        first, *others = sorted(draw.choices(places, k=1 + asks))
+        lines.append((first, -draw.random(), needle(key, value)))  # before any question at that place
+        lines += [(place, draw.random(), question(answer(key, value))) for place in others]
     pieces, done = [], 0
     for place, _, line in sorted(lines):
         pieces += [text[done:place], " ", line]
@@ -78,5 +87,5 @@ def documents(texts: Iterable[str], options: NeedlesConfig, origin: str) -> Iter
                 low, high = math.log(options.shortest), math.log(options.longest)
                 stop = text.find(" ", start + round(math.exp(draw.uniform(low, high))))
                 stop = len(text) if stop < 0 else stop
-                yield strew(text[start:stop].strip(), options.every, draw)
+                yield strew(text[start:stop].strip(), options.every, draw, options.asks)
                 start = stop
