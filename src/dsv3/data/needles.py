@@ -5,9 +5,9 @@ come. Keys are plain nouns and values numbers, as in RULER's task of words and n
 guessed from the text around them. The value follows its key at once and has two digits, one token in most
 tokenizers: one look-up by an induction head, which is what a tiny model can learn.
 
-The key is said again behind its value. An induction head needs an earlier head that writes to each value which
-key came before it, and nothing rewards that head alone as long as the later one is missing. Saying the key again
-does: it can only be known at the value by looking one token back (docs/long-context.md has both runs).
+The key is said again behind its value. An induction head needs an earlier head that writes to each value
+which key came before it, and nothing rewards that head as long as the later one is missing. Saying the key
+again does: at the value it can only be known by looking one token back (docs/long-context.md).
 """
 
 from __future__ import annotations
