@@ -248,6 +248,11 @@ class Rows:
         assert self.optimizer is not None
         self._fill(self.optimizer, name, first, into)
 
+    def states(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of all that the optimizer and callbacks keep."""
+        entries = {} if self.optimizer is None else self.optimizer.entries
+        return {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+
     def state_dtype(self, name: str) -> torch.dtype | None:
         """How a tensor of the optimizer's is stored; None where there is none."""
         if self.optimizer is None or name not in self.optimizer.entries:

@@ -135,6 +135,14 @@ def resume(trainer: Trainer, folder: Path) -> list[str]:
     return _differences(before, now)
 
 
+_STATES = ("exp_avg", "exp_avg_sq", "ema", "step")  # what is kept of each parameter beside itself
+
+
+def _of_callbacks(key: str) -> bool:
+    """Whether a checkpoint's tensor is what a callback keeps: every rank has it whole."""
+    return key.partition("/")[0] not in ("weight", *_STATES)
+
+
 def _load(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     """Weights and biases into the run, from a checkpoint of any layout; returns this rank's other tensors."""
     if distributed.is_distributed(folder):
@@ -145,13 +153,17 @@ def _load(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     with distributed.Rows(folder) as rows:
         for name, piece in trainer.weights.pieces.items():
-            for kind in ("exp_avg", "exp_avg_sq", "ema", "step"):
+            for kind in _STATES:
                 key = f"{kind}/{name}"
                 dtype = rows.state_dtype(key)
                 if dtype is not None:
                     shape = () if kind == "step" else piece.local.shape
                     found[key] = torch.empty(shape, dtype=dtype)
                     rows.state(key, 0 if kind == "step" else piece.first, found[key])
+        for key, (dtype, whole) in rows.states().items():
+            if _of_callbacks(key):
+                found[key] = torch.empty(whole, dtype=dtype)
+                rows.state(key, 0, found[key])
     return found
 
 
@@ -172,12 +184,15 @@ def _load_shared(trainer: Trainer, folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, piece in trainer.weights.pieces.items():
         wanted[f"weight/{name}"] = piece.distributed(piece.local.detach())
-        for kind in ("exp_avg", "exp_avg_sq", "ema", "step"):
+        for kind in _STATES:
             key = f"{kind}/{name}"
             if key in held:
                 shape = () if kind == "step" else piece.local.shape
                 found[key] = torch.empty(shape, dtype=held[key][0])
                 wanted[key] = piece.distributed(found[key]) if shape else found[key]
+    for key, (dtype, whole) in held.items():
+        if _of_callbacks(key):
+            found[key] = wanted[key] = torch.empty(whole, dtype=dtype)
     distributed.read(folder, wanted)
     trainer.weights.publish()
     return found
