@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -166,6 +168,19 @@ class World:
         with self.clock.waiting("in the gathering of numbers"):
             all_gather(everyone.view(-1), mine)
         return [[float(x) for x in row] for row in everyone.tolist()]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Everybody's value by rank, of the kinds that JSON holds."""
+        if self.meshes is None:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [int(size) for (size,) in self.gather([len(own)])]
+        padded = own.new_zeros(max(sizes))
+        padded[: len(own)] = own
+        everyone = own.new_empty(self.size, len(padded))
+        with self.clock.waiting("in an exchange of texts"):
+            all_gather(everyone.view(-1), padded)
+        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(everyone.cpu(), sizes)]
 
     def norm(self, pieces: Iterable[Piece]) -> float:
         """The norm of everybody's gradients; what several ranks have is counted once."""

@@ -21,12 +21,13 @@ WIDTH = 110  # columns of the table
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt, its answers and what they earned; nan: no reward applies."""
+    """A prompt, its answers and what they earned; nan: no reward applies. ``extra``: columns to write."""
 
     prompt: Prompt
     answers: list[Answer]
     rewards_G: Tensor
     scores: dict[str, list[float | None]]
+    extra: dict[str, list[Any]]
 
 
 class Completions:
@@ -50,11 +51,23 @@ class Completions:
         """A number of this batch."""
         self._metrics[name].append(float(value))
 
+    def take_extra(self, count: int) -> dict[str, list[Any]]:
+        """Columns given since they were last taken, those with a value for each of ``count`` completions."""
+        whole = {
+            name: list(map(_plain, values)) for name, values in self._extra.items() if len(values) == count
+        }
+        self._extra.clear()
+        return whole
+
+    def take_logged(self) -> dict[str, list[float]]:
+        """Numbers logged since they were last taken."""
+        logged = dict(self._metrics)
+        self._metrics.clear()
+        return logged
+
     def take_metrics(self) -> dict[str, float]:
         """Means of what reward functions logged since they were last taken."""
-        means = {name: sum(values) / len(values) for name, values in self._metrics.items()}
-        self._metrics.clear()
-        return means
+        return {name: sum(values) / len(values) for name, values in self.take_logged().items()}
 
     def write(self, trainer: Trainer, groups: Sequence[Group], advantages_PG: Tensor) -> None:
         """A line a completion, under the number of the step about to be made."""
@@ -69,15 +82,15 @@ class Completions:
                 "whole": answer.whole,
                 "rewards": {name: scores[number] for name, scores in group.scores.items()},
                 "advantage": round(advantage, 4),
+                **(
+                    {"extra": {name: column[number] for name, column in group.extra.items()}}
+                    if group.extra
+                    else {}
+                ),
             }
             for group, advantages in zip(groups, advantages_PG.tolist())
             for number, (answer, advantage) in enumerate(zip(group.answers, advantages))
         ]
-        for column, values in self._extra.items():
-            if len(values) == len(lines):  # groups drawn anew have left the order
-                for line, value in zip(lines, values):
-                    line.setdefault("extra", {})[column] = value if _plain(value) else str(value)
-        self._extra.clear()
         for line in lines:
             self.run.sample(line)
         if self.shown.rows and self.batches % self.shown.every == 0:
@@ -105,8 +118,8 @@ class Completions:
         return page.getvalue().rstrip()
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | None)
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _short(text: str, most: int = 400) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dsv3.config.grpo import GRPORecipe
-from dsv3.evaluate import tasks
 from dsv3.serve.params import SamplingParams
 from dsv3.train.grpo.prompts import Prompts
 from dsv3.train.grpo.rollouts import Rollouts
@@ -32,16 +31,19 @@ class HeldOutTasks(Callback):
         self.measured = -1
 
     def measure(self, trainer: Trainer) -> None:
-        """Answer all examples; a line of metrics and one for people."""
+        """Answer all examples, each rank some of them; a line of metrics and one for people."""
         if trainer.state.step == self.measured:
             return
         self.measured = trainer.state.step
         found: dict[str, float] = {}
+        world = trainer.world
+        own = slice(world.data_rank, None, world.data_size)
         for name, (task, examples) in self.examples.items():
-            answers = self.rollouts.generate(
-                self.prompts[name], replace(self.params, n=1), [0] * len(examples), 0
-            )
-            found[f"accuracy/{name}"] = _mean(task, examples, [answer.text for (answer,) in answers])
+            prompts = self.prompts[name][own]
+            answers = self.rollouts.generate(prompts, replace(self.params, n=1), [0] * len(prompts), 0)
+            texts = [answer.text for (answer,) in answers]
+            score = sum(task.verify(text, example) for text, example in zip(texts, examples[own]))
+            found[f"accuracy/{name}"] = sum(row[0] for row in world.gather([score])) / len(examples)
         record = {"step": trainer.state.step, "tokens": trainer.state.tokens, **found}
         self.run.metric(record)
         said = ", ".join(f"{name.partition('/')[2]} {100 * value:.1f}%" for name, value in found.items())
@@ -60,7 +62,3 @@ class HeldOutTasks(Callback):
     def on_end(self, trainer: Trainer) -> None:
         """Where it ends."""
         self.measure(trainer)
-
-
-def _mean(task: tasks.Task, examples: list[tasks.Example], texts: list[str]) -> float:
-    return sum(task.verify(text, example) for text, example in zip(texts, examples)) / len(examples)

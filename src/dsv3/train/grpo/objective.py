@@ -5,6 +5,9 @@ One batch of rollouts serves ``minibatches * epochs`` optimizer steps. The train
 moment. All of it is a function of the weights, the recipe and how many prompts were drawn, and what is left
 of a batch goes into the checkpoint: a resumed run is bit-equal.
 
+Of many ranks each answers and scores some of the prompts and hears of the others' answers; the batch is then
+the same on all, and each passes over some of its rows.
+
 Shapes: P prompts, G answers a prompt, S = P G answers, X tokens of prompt and answer, T tokens an answer.
 """
 
@@ -22,6 +25,7 @@ from torch import Tensor
 from dsv3.config.grpo import GRPORecipe
 from dsv3.evaluate.rewards import Rewards, Scores
 from dsv3.model import DeepSeekV3
+from dsv3.parallel.world import World
 from dsv3.serve.params import SamplingParams
 from dsv3.train.grpo.batch import Batch
 from dsv3.train.grpo.completions import Completions, Group
@@ -56,6 +60,7 @@ class GRPO(Callback):
         self.serial = 0  # prompts drawn so far
         self.batch: Batch | None = None
         self.used = 0  # steps the batch has served
+        self.drafted = self.accepted = 0  # tokens of the last rollouts, of all ranks
         options = recipe.rollouts
         self.steps_a_batch = options.minibatches * options.epochs
         self.params = SamplingParams(
@@ -84,9 +89,8 @@ class GRPO(Callback):
         policy = self.recipe.policy
         answers_S = (batch.length_S - batch.prompt_S)[rows]
         whole = Whole(len(rows), int(answers_S.sum()), self.recipe.rollouts.max_tokens)
-        order = rows[batch.length_S[rows].argsort(stable=True)]
         loss, seen = 0.0, Seen()
-        for chosen in order.split(self.recipe.batch.micro_sequences):
+        for chosen in self._own(trainer.world, batch, rows):
             part = batch.pick(chosen).to(trainer.device)
             mask_ST = answer_mask(part.prompt_S, part.length_S)
             with replay(trainer.model, part.routes_STLK):
@@ -108,7 +112,14 @@ class GRPO(Callback):
                 seen.add("off_policy_dropped", float(terms.dropped_S.sum()), len(chosen))
             if self.used == 0:  # later steps have moved the policy
                 seen.difference(scored.plain_ST, part.sampled_ST, mask_ST)
-        return loss, seen.metrics()
+        return sum(row[0] for row in trainer.world.gather([loss])), seen.metrics(trainer.world)
+
+    def _own(self, world: World, batch: Batch, rows: Tensor) -> tuple[Tensor, ...]:
+        """Micro batches of the answers that this rank works on, those of similar length together."""
+        order = rows[batch.length_S[rows].argsort(stable=True)]
+        return order[world.data_rank :: world.data_size].split(
+            self.recipe.batch.micro_sequences // world.data_size
+        )
 
     def _score(self, model: DeepSeekV3, part: Batch) -> Scored:
         return score(
@@ -133,9 +144,9 @@ class GRPO(Callback):
             routes_STLK=self._routes(answers),
         )
         if self.steps_a_batch > 1:  # else the first step's own log-probabilities are the old ones
-            batch = replace(batch, old_ST=self._frozen_scores(trainer.model, batch, trainer.device))
+            batch = replace(batch, old_ST=self._frozen_scores(trainer, trainer.model, batch))
         if self.reference is not None:
-            batch = replace(batch, reference_ST=self._frozen_scores(self.reference, batch, trainer.device))
+            batch = replace(batch, reference_ST=self._frozen_scores(trainer, self.reference, batch))
         self.batch, self.used = batch, 0
         self.completions.write(trainer, groups, advantages_PG)
         scored = {
@@ -156,8 +167,8 @@ class GRPO(Callback):
             "prompts_drawn": drawn,
             "rollout_time": time.perf_counter() - started,
         }
-        if self.rollouts.drafted:
-            metrics["draft_acceptance"] = self.rollouts.accepted / self.rollouts.drafted
+        if self.drafted:
+            metrics["draft_acceptance"] = self.accepted / self.drafted
         metrics |= self.completions.take_metrics()
         for name, values in scored.items():
             metrics[f"rewards/{name}/mean"] = _number(values.nanmean())
@@ -186,23 +197,45 @@ class GRPO(Callback):
         return groups, drawn, len(spare) / drawn
 
     def _judged(self, trainer: Trainer, count: int) -> list[Group]:
-        """``count`` new groups, answered and scored."""
-        prompts = [self.prompts(self.serial + number) for number in range(count)]
+        """``count`` new groups: every rank answers and scores some of them, and tells the others."""
+        world, first = trainer.world, self.serial
         self.serial += count
+        own = [self.prompts(first + number) for number in range(world.data_rank, count, world.data_size)]
         found = self.rollouts.generate(
-            [prompt.ids for prompt in prompts],
+            [prompt.ids for prompt in own],
             self.params,
-            [prompt.serial for prompt in prompts],
+            [prompt.serial for prompt in own],
             self.recipe.seed,
         )
-        scores = self._scores(trainer, prompts, found)
-        size, groups = self.params.n, []
-        for number, (prompt, answers) in enumerate(zip(prompts, found)):
-            own = slice(number * size, (number + 1) * size)
-            rewards = [float("nan") if value is None else value for value in scores.total[own]]
-            by_function = {name: values[own] for name, values in scores.by_function.items()}
-            groups.append(Group(prompt, answers, torch.tensor(rewards), by_function))
-        return groups
+        scores = self._scores(trainer, own, found) if own else Scores([], {}, [])
+        told = {
+            "answers": [[answer.plain() for answer in answers] for answers in found],
+            "total": scores.total,
+            "by_function": scores.by_function,
+            "extra": self.completions.take_extra(len(scores.total)),
+            "logged": self.completions.take_logged(),
+            "drafted": self.rollouts.drafted,
+            "accepted": self.rollouts.accepted,
+        }
+        size, groups, self.drafted, self.accepted = self.params.n, [], 0, 0
+        for rank, heard in enumerate(world.exchange(told)):
+            self.drafted += heard["drafted"]
+            self.accepted += heard["accepted"]
+            for name, values in heard["logged"].items():
+                for value in values:
+                    self.completions.log_metric(name, value)
+            for number, answers in enumerate(heard["answers"]):
+                rows = slice(number * size, (number + 1) * size)
+                groups.append(
+                    Group(
+                        self.prompts(first + rank + number * world.data_size),
+                        list(map(Answer.of_plain, answers)),
+                        torch.tensor([float("nan") if x is None else x for x in heard["total"][rows]]),
+                        {name: values[rows] for name, values in heard["by_function"].items()},
+                        {name: values[rows] for name, values in heard["extra"].items()},
+                    )
+                )
+        return sorted(groups, key=lambda group: group.prompt.serial)
 
     def _scores(self, trainer: Trainer, prompts: list[Prompt], found: list[list[Answer]]) -> Scores:
         """The reward functions, called as TRL calls them."""
@@ -229,15 +262,15 @@ class GRPO(Callback):
         return found
 
     @torch.no_grad()
-    def _frozen_scores(self, model: DeepSeekV3, batch: Batch, device: torch.device) -> Tensor:
+    def _frozen_scores(self, trainer: Trainer, model: DeepSeekV3, batch: Batch) -> Tensor:
         """Log-probabilities of every answer under ``model``, in micro batches, ``[S, T]`` on the CPU."""
         found = torch.zeros_like(batch.sampled_ST)
-        for rows in batch.length_S.argsort(stable=True).split(self.recipe.batch.micro_sequences):
-            part = batch.pick(rows).to(device)
+        for rows in self._own(trainer.world, batch, torch.arange(len(batch.length_S))):
+            part = batch.pick(rows).to(trainer.device)
             with replay(model, part.routes_STLK):
                 logp_ST = self._score(model, part).logp_ST.cpu()
             found[rows, : logp_ST.shape[1]] = logp_ST
-        return found
+        return trainer.world.add(found.to(trainer.device)).cpu()
 
     def on_checkpoint(self, trainer: Trainer) -> dict[str, Tensor]:
         """Prompts drawn, and the batch in use."""

@@ -6,8 +6,10 @@ derived from the weights before has to go: cached latents and compiled layers (:
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,23 @@ class Answer:
     text: str
     whole: bool
     routes: Tensor | None
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        if self.routes is not None:
+            packed = base64.b64encode(self.routes.cpu().numpy().tobytes()).decode()
+            found["routes"] = [packed, list(self.routes.shape)]
+        return found
+
+    @classmethod
+    def of_plain(cls, found: dict[str, Any]) -> Answer:
+        """What :meth:`plain` gave."""
+        if found["routes"] is not None:
+            packed, shape = found["routes"]
+            numbers = torch.frombuffer(bytearray(base64.b64decode(packed)), dtype=torch.int16)
+            found = {**found, "routes": numbers.view(shape)}
+        return cls(**found)
 
 
 class Rollouts:

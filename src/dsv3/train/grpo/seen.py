@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsv3.parallel.world import World
+
+LOWEST = "clip_ratio/low_min"
+
 
 class Seen:
     """Means over the step's tokens or answers, gathered a micro batch at a time."""
@@ -33,7 +37,7 @@ class Seen:
             share_S = (clipped_SL & mask_ST).sum(dim=1) / mask_ST.sum(dim=1)
             self.token(f"clip_ratio/{side}_mean", clipped_SL.float(), mask_ST)
         if side == "low":
-            name, value, better = "clip_ratio/low_min", float(share_S.min()), min
+            name, value, better = LOWEST, float(share_S.min()), min
         elif side == "high":
             name, value, better = "clip_ratio/high_max", float(share_S.max()), max
         else:
@@ -47,7 +51,11 @@ class Seen:
         self.token(f"{name}/mean", apart_ST, mask_ST)
         self.extremes[f"{name}/max"] = max(float(apart_ST.max()), self.extremes.get(f"{name}/max", 0.0))
 
-    def metrics(self) -> dict[str, float]:
-        """All of it."""
-        means = {name: total / count for name, (total, count) in self.sums.items()}
-        return means | self.extremes
+    def metrics(self, world: World) -> dict[str, float]:
+        """All of it, of all ranks: each has measured the same things of its answers."""
+        rows = world.gather([number for pair in self.sums.values() for number in pair])
+        totals = [sum(column) for column in zip(*rows)]
+        means = {name: a / b for name, a, b in zip(self.sums, totals[::2], totals[1::2])}
+        for (name, _), values in zip(self.extremes.items(), zip(*world.gather(list(self.extremes.values())))):
+            means[name] = min(values) if name == LOWEST else max(values)
+        return means
