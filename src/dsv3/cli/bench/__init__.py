@@ -14,6 +14,7 @@ from dsv3.cli.bench import (  # noqa: I001 (help order)
     claims,
     end_to_end,
     rcp,
+    interop,
 )
 from dsv3.cli.bench.group import app
 
@@ -26,6 +27,7 @@ __all__ = [
     "end_to_end",
     "evaluate",
     "fp8",
+    "interop",
     "length",
     "moe",
     "pipeline",
