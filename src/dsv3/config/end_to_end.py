@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -41,5 +41,9 @@ class EndToEndRecipe(Recipe):
     distill: StageSection = Field(description="the fine-tuned model answers, the verifiers keep")
     again: StageSection = Field(description="fine-tuning on the examples and what was kept")
     grpo: StageSection = Field(description="reinforcement learning")
-    quantize: list[str] = Field(["int8", "int4"], description="formats of the first seed's finished model")
+    quantize: list[Literal["fp8", "int8", "int4"]] = Field(
+        ["int8", "int4"],
+        min_length=1,
+        description="formats of the first seed's last model; it serves the last",
+    )
     notes: list[str] = Field([], description="sentences for the page, about what its figures do not say")

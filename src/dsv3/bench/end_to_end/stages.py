@@ -105,8 +105,7 @@ def steps(recipe: EndToEndRecipe) -> Iterator[Step]:
     for kind in recipe.quantize:
         yield _converted(folder / "grpo" / "model", folder / kind / "model", kind)
         yield _asked(recipe, kind, folder / kind)
-    last = folder / (recipe.quantize[-1] if recipe.quantize else "grpo") / "model"
-    answer = folder / "answer.json"
+    last, answer = folder / recipe.quantize[-1] / "model", folder / "answer.json"
     yield Step("serve", answer, lambda: _served(recipe, last, answer))
 
 
