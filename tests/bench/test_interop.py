@@ -51,7 +51,8 @@ def case(folder: Path, data: Path, tmp_path: Path) -> Case:
 def test_transformers_does_as_we_do_and_is_seen_where_it_does_not(case: Case) -> None:
     pytest.importorskip("transformers")
     case.answers[1].token_ids[5] += 1
-    assert [(f.what, f.agrees) for f in (found := oracles.transformers(case))] == [
+    found = oracles.transformers(case)
+    assert [(f.what, f.agrees) for f in found] == [
         ("token ids", True), ("logits", True),
         ("generate: greedy tokens", False), ("generate, use_mtp: greedy tokens", False),
     ]  # fmt: skip
