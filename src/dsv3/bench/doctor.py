@@ -36,6 +36,7 @@ LIBRARIES = {
     "tensorboard": ("log.report_to tensorboard", "pip install 'dsv3[track]'"),
     "wandb": ("log.report_to wandb", "pip install 'dsv3[track]'"),
     "trackio": ("log.report_to trackio", "pip install 'dsv3[track]'"),
+    "mlperf_logging": ("log.report_to mlperf", "pip install 'dsv3[mlperf]'"),
 }
 
 Finding = dict[str, Any]  # name, on, detail: what is used, or why not and the way out

@@ -143,7 +143,8 @@ def bench(seeds: int, out: Path | None, workers: int, words: Sequence[str]) -> d
             mark.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(mark, commit() + "\n")
     expected = round(olympic(points.reference["steps"])) if points.reference else 250
-    train(waiting, expected, recipe.data.path, workers, "bench rcp", _words)
+    if waiting:
+        train(waiting, expected, recipe.data.path, workers, "bench rcp", _words)
     return result(runs, target, points, words)
 
 
