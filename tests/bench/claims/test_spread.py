@@ -12,7 +12,7 @@ NEGATIVE, AROUND_ZERO = [-1.0, -1.1, -0.9], [-1.0, 1.1, 0.2]
 
 def test_words_give_mean_and_interval() -> None:
     assert spread(NEGATIVE) == "-1.00 ± 0.25 %"  # 4.303 * 0.1 / sqrt(3)
-    assert spread([0.5]) == "+0.50 (one seed) %"
+    assert spread([0.5]) == "+0.50 % (one seed)"
     assert spread([10.0, 14.0], digits=0) == "+12 ± 25 %"
 
 

@@ -64,8 +64,14 @@ def draw(data: dict[str, Any], path: Path) -> None:
     figure, (axis,) = canvas(1, 6.5, 3.0)
     for number, (name, by_ranks) in enumerate(data["bubbles"].items()):
         ranks = [int(count) for count in by_ranks]
-        axis.plot(ranks, [row["formula"] for row in by_ranks.values()], color=f"C{number}", label=f"{name}")
-        axis.plot(ranks, [row["simulated"] for row in by_ranks.values()], "o", color=f"C{number}")
+        axis.plot(ranks, [row["formula"] for row in by_ranks.values()], color=f"C{number}", label=name)
+        axis.plot(
+            ranks,
+            [row["simulated"] for row in by_ranks.values()],
+            "o",
+            color=f"C{number}",
+            markersize=9 - 2 * number,
+        )
     axis.set_xticks(ranks)
     axis.set_xlabel("ranks (line: formula, dots: simulation)")
     axis.set_ylabel("bubble, forwards of a stage")

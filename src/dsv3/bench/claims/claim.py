@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SEEDS = (0, 1, 2)
 HOLDS, CONTRARY, OPEN = "holds here", "contrary here", "not resolved"
 
 

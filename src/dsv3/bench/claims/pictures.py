@@ -57,9 +57,13 @@ def bars(axis: Any, values: Mapping[str, float], label: str, logarithmic: bool =
     """One bar a name, its value written at the end."""
     names = list(values)
     drawn = axis.barh(names, list(values.values()), color="C0", height=0.6)
-    axis.bar_label(drawn, [f" {value:,.4g}" for value in values.values()], fontsize=8)
+    axis.bar_label(drawn, [f" {_figure(value)}" for value in values.values()], fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.15)
     if logarithmic:
         axis.set_xscale("log")
     axis.set_xlabel(label)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

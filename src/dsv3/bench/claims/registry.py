@@ -13,7 +13,7 @@ from dsv3.bench.claims.acceptance import DRAFTS
 from dsv3.bench.claims.balance import BALANCE, BATCH
 from dsv3.bench.claims.bubbles import BUBBLES
 from dsv3.bench.claims.cache import CACHE
-from dsv3.bench.claims.claim import Claim, Options
+from dsv3.bench.claims.claim import SEEDS, Claim, Options
 from dsv3.bench.claims.counting import COST, COUNTS
 from dsv3.bench.claims.fp8 import FP8, FP8_BLOCKS
 from dsv3.bench.claims.late import LATE
@@ -46,6 +46,7 @@ def named(name: str) -> Claim:
 def command(claim: Claim, options: Options) -> str:
     """The words that measure a claim with these options."""
     seeds = [word for seed in options.seeds for word in ("--seed", str(seed))]
+    seeds = [] if options.seeds == SEEDS else seeds
     return shlex.join(["dsv3", "bench", "claims", claim.name, *(["--fast"] if options.fast else []), *seeds])
 
 

@@ -12,8 +12,9 @@ from dsv3.bench.paired import interval
 def spread(values: Sequence[float], unit: str = " %", digits: int = 2) -> str:
     """``-0.12 ± 0.35 %``: the mean of paired differences and its 95 % interval; one value has none."""
     mean, half = interval(values)
-    beside = f" ± {half:.{digits}f}" if math.isfinite(half) else " (one seed)"
-    return f"{mean:+.{digits}f}{beside}{unit}"
+    if math.isinf(half):
+        return f"{mean:+.{digits}f}{unit} (one seed)"
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}{unit}"
 
 
 def below(values: Sequence[float]) -> str:
