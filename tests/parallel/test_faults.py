@@ -64,7 +64,7 @@ def same_losses(out: Path, unbroken: Path, first: int = 1) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_goes_on_in_any_layout(data: Path, unbroken: Path, tmp_path: Path) -> None:
-    """One process to 4 (pipeline and experts), 4 to 2 (FSDP2), 2 to 1, and 4 back to 1."""
+    """One process to 4 (pipeline and experts), 4 to 2 (FSDP2; a context), 2 to 1, and 4 back to 1."""
     run_ranks(
         4,
         "tests.parallel.test_faults:train",
@@ -87,10 +87,12 @@ def test_a_checkpoint_goes_on_in_any_layout(data: Path, unbroken: Path, tmp_path
                 str(tmp_path / "four/checkpoints/step-000004"),
             ],
             [recipe(data, tmp_path / "shards"), str(unbroken / "checkpoints/step-000006")],
+            [recipe(data, tmp_path / "parts", context=2), str(tmp_path / "four/checkpoints/step-000006")],
         ],
     )
     same_losses(tmp_path / "two", unbroken, 5)
     same_losses(tmp_path / "shards", unbroken, 7)
+    same_losses(tmp_path / "parts", unbroken, 7)
     run_ranks(
         0,
         "tests.parallel.test_faults:train",
