@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,10 +22,11 @@ def dsv3(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_json_of_the_released_model() -> None:
-    started = time.monotonic()
+    before = os.times()
     done = dsv3("plan", "params", "v3-671b", "--json")
+    after = os.times()
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 30  # 3 seconds on an idle machine
+    assert sum(after[2:4]) - sum(before[2:4]) < 15  # of the processor; it takes 3
     found = json.loads(done.stdout)
     assert found["model"] == "v3-671b"
     assert found["parameters_main"] == 671_026_404_352

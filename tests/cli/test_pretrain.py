@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -79,9 +79,10 @@ def test_help_is_light_and_says_every_key() -> None:
     dsv3("--help")  # once, so that the byte code is there
     taken = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = os.times()
         assert dsv3("--help").returncode == 0
-        taken.append(time.perf_counter() - started)
+        after = os.times()  # of the processor: others may be using it
+        taken.append(sum(after[2:4]) - sum(before[2:4]))
     assert min(taken) < 0.5
     text = dsv3("pretrain", "--help").stdout
     for words in (
