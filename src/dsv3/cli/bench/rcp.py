@@ -14,7 +14,9 @@ from dsv3.cli.bench.group import app
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def rcp(
     context: typer.Context,
-    seeds: int = typer.Option(5, "--seeds", help="runs: from seeds 0, 1, 2 and so on; 3 at least"),
+    seeds: int = typer.Option(
+        5, "--seeds", help="runs: seeds 0, 1, 2 ...; 3 at least, 6 for --reference"
+    ),
     workers: int = typer.Option(
         0, "--workers", min=0, help="runs at once; 0: one a core. OMP_NUM_THREADS: threads of each"
     ),
@@ -40,7 +42,8 @@ def rcp(
 
     if reference and context.args:
         raise UserError(f"--reference takes the recipe as it is, not with {context.args[0]}")
-    row = bench.bench(seeds, out, workers or os.cpu_count() or 1, context.args)
+    least = bench.LEAST_REFERENCE if reference else bench.LEAST
+    row = bench.bench(seeds, out, workers or os.cpu_count() or 1, context.args, least)
     if reference:
         row = bench.as_reference(row, note or "reference points")
         points = Points(bench.POINTS, bench.content(bench.RECIPE), row)
