@@ -53,14 +53,17 @@ def draw_loss(steps: list[dict[str, Any]], checks: list[dict[str, Any]], path: P
     loss = _column(steps, "loss")
     left.plot(tokens, loss, color="C0", alpha=0.25, linewidth=0.8)
     depths = max((len(line.get("mtp_loss", ())) for line in steps), default=0)
-    left.plot(tokens, _smooth(loss, width), color="C0", label="next token" if depths else "loss")
+    predicts = any(
+        "mtp_loss" in line for line in steps
+    )  # tokens; rewards and policies have losses of their own
+    left.plot(tokens, _smooth(loss, width), color="C0", label="next token" if predicts else "loss")
     for depth in range(depths):
         kept = [line for line in steps if len(line.get("mtp_loss", ())) > depth]
         values = np.array([line["mtp_loss"][depth] for line in kept])
         name = "MTP" if depths == 1 else f"MTP depth {depth + 1}"
         color = f"C{depth + 1}"
         left.plot(_column(kept, "tokens"), _smooth(values, width), color, label=name, linewidth=1.2)
-    left.set(xlabel="tokens", ylabel="training loss (nats a token)")
+    left.set(xlabel="tokens", ylabel="training loss (nats a token)" if predicts else "training loss")
     left.legend(frameon=False)
     if checks:
         right.plot(_column(checks, "tokens"), _column(checks, "validation_bits_per_byte"), marker="o", ms=3)
