@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsv3.bench.claims import bubbles, cache, needles, registry, retiling, text
+from dsv3.bench.claims import bubbles, cache, needles, post, registry, retiling, text
 from dsv3.bench.claims.claim import CONTRARY, HOLDS, OPEN, Options
+from dsv3.bench.end_to_end.figures import WATCHED
 from dsv3.cli import bench as verbs
 from dsv3.common.errors import UserError
 from dsv3.evaluate.tasks import get
@@ -130,3 +132,22 @@ def test_exercises_stand_on_one_page_each(tmp_path: Path, monkeypatch: pytest.Mo
     example = get("gcd", 2, 0).sample(0, "train")
     assert whole.count(example.prompt) == 1 and "think" not in whole
     assert whole.count("\\boxed") == 60
+
+
+def test_gains_are_read_from_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post, "FOLDER", tmp_path)
+    with pytest.raises(UserError):
+        post.measure(options(tmp_path))
+    accuracy = {
+        "a": {"pretrain": [0, 0], "sft": [0.1, 0.1], "again": [0.3, 0.3], "grpo": [0.2, 0.9]},
+        "b": {"pretrain": [0, 0], "sft": [0.2, 0.2], "again": [0.4, 0.42], "grpo": [0.9, 0.4]},
+    }
+    watched = {name: [[4.0] * 5 + [6.0] * 5] * 2 for name in WATCHED}
+    made = {"accuracy": accuracy, "watched": watched, "questions": {"a": 9, "b": 9}, "seeds": [0, 1]}
+    monkeypatch.setattr(post, "recipes", SimpleNamespace(load=lambda *_: None))
+    monkeypatch.setattr(post, "gather", lambda recipe: made)
+    found = post.measure(options(tmp_path))
+    assert found.verdict == f"distillation: {HOLDS}; GRPO: {OPEN}"
+    assert "distillation +20.5 ± 6.4 points" in found.figure and "of 4.0 tokens" in found.figure
+    post.draw(found.data, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()

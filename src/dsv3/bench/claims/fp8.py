@@ -109,7 +109,7 @@ FP8 = Claim(
 FP8_BLOCKS = Claim(
     8, "blocks",
     "Quantising gradients of activations in blocks of 128 x 128 diverges (16B model, 300B tokens).",
-    "3.5.2, appendix B.2",
+    "appendix B.2",
     f"{CONFIGURATION}; gradients in blocks of 128 x 128 against tiles of 1 x 128",
     "Widths of 192 and 128 give few tiles a row, and a million tokens are not 300 billion: what large models"
     " suffer from blocks does not appear.",

@@ -20,6 +20,7 @@ from dsv3.bench.claims.late import LATE
 from dsv3.bench.claims.mtp import MTP
 from dsv3.bench.claims.needles import NEEDLES
 from dsv3.bench.claims.nodes import NODES
+from dsv3.bench.claims.post import POST
 from dsv3.bench.claims.retiling import RETILING
 from dsv3.bench.machine import machine
 from dsv3.common.errors import UserError, nearest
@@ -28,8 +29,8 @@ from dsv3.common.files import write_json
 CLAIMS: dict[str, Claim] = {
     claim.name: claim
     for claim in (
-        COUNTS, CACHE, BALANCE, BATCH, MTP, DRAFTS, FP8, FP8_BLOCKS, RETILING, BUBBLES, NODES, NEEDLES, COST,
-        LATE,
+        COUNTS, CACHE, BALANCE, BATCH, MTP, DRAFTS, FP8, FP8_BLOCKS, RETILING, BUBBLES, NODES, NEEDLES, POST,
+        COST, LATE,
     )
 }  # fmt: skip
 
