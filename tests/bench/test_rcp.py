@@ -16,6 +16,9 @@ from dsv3.bench import rcp
 from dsv3.bench.paired import Run
 from dsv3.bench.rcp_points import Points, content, table
 from dsv3.common.errors import Failure, UserError
+from tests.train.conftest import MODEL, prepared
+
+__all__ = ["prepared"]
 
 REFERENCE = [190, 195, 195, 200, 200, 200, 205, 205, 210, 215]
 
@@ -159,3 +162,30 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
     assert "dsv3 data prepare recipes/rcp-data.yaml" in dsv3()[1]
     monkeypatch.chdir(here / "docs")
     assert "run this in the repository's folder" in dsv3()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_three_seeds_are_trained_once(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = {
+        "model": MODEL, "data": {"path": str(prepared)}, "sequence_length": 32, "device": "cpu",
+        "total_tokens": 12 * 8 * 32, "batch": {"sequences": 8, "micro_sequences": 8},
+        "optimizer": {"lr": 1e-2}, "samples": {"prompts": []},
+        "validation": {"every": 1, "sequences": 4, "target": 5.0},
+    }  # fmt: skip
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / rcp.RECIPE).write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    words = ("--seeds", "3", "--workers", "1", "--out", "runs/here", "--json")
+    code, said = dsv3(*words)
+    assert code == 0
+    row = json.loads(said[said.index("{") :])
+    assert row["seeds"] == [0, 1, 2] and all(2 < steps < 12 for steps in row["steps"])
+    assert all(seconds > 0 for seconds in row["seconds"])
+    files = {path: path.stat().st_mtime_ns for path in Path("runs/here").rglob("metrics.jsonl")}
+    assert len(files) == 3
+    said = dsv3(*words)[1]
+    assert json.loads(said[said.index("{") :])["steps"] == row["steps"]
+    assert files == {path: path.stat().st_mtime_ns for path in files}

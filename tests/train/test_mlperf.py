@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dsv3.common.errors import UserError
 from dsv3.config import recipe as recipes
@@ -23,6 +24,7 @@ from dsv3.train.run import RunFolder, read_lines
 from dsv3.train.schedules import Extent, Schedules
 from dsv3.train.trainer import Progressed
 
+RECIPE = "recipes/mlperf-v3-671b.yaml"
 STEP = 8 * 32  # tokens
 SIZES = {"global_batch_size", "max_sequence_length", "eval_samples"}  # all that MLPerf has against a tiny run
 
@@ -117,7 +119,7 @@ def drive(recipe: PretrainRecipe, folder: Path, losses: list[float]) -> Path:
 
 @pytest.mark.parametrize("division", ["closed", "open"])
 def test_the_671b_recipe_passes_mlperf_s_own_rules(division: str, tmp_path: Path) -> None:
-    recipe = recipes.load(PretrainRecipe, "recipes/mlperf-v3-671b.yaml", ["--mlperf.division", division])
+    recipe = recipes.load(PretrainRecipe, RECIPE, ["--mlperf.division", division])
     path = drive(recipe, tmp_path, [3.7, 3.65, 3.6])
     assert complaints(path) == {}
     assert entries(path)[-1]["metadata"] == {
@@ -128,6 +130,25 @@ def test_the_671b_recipe_passes_mlperf_s_own_rules(division: str, tmp_path: Path
     if division == "closed":
         assert "opt_base_learning_rate" in complaints(drive(other, tmp_path, [3.6]))
     assert None in complaints(drive(recipe, tmp_path, [3.7, 3.61]))
+
+
+def planned(*words: str) -> dict:
+    from dsv3.cli.main import app
+
+    done = CliRunner().invoke(app, ["plan", *words, "--json"])
+    assert done.exit_code == 0, done.exception
+    return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+def test_the_planner_prices_the_671b_recipe() -> None:
+    found = planned("cost", RECIPE, "--tokens", "3.02e9")  # 48 steps
+    assert found["tokens"] == 3.02e9 and 512 < found["gpu_hours"] < 2000  # MLPerf's budget was for GB300s
+
+
+@pytest.mark.slow
+def test_the_planner_lays_the_671b_recipe_out() -> None:
+    found = planned("layout", RECIPE, "--hardware", "h200")
+    assert found["holds"] and found["micro_batches"] == 120
 
 
 def test_other_data_than_the_recipe_s_is_refused_before_anything_is_written(
