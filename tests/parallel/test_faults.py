@@ -160,9 +160,9 @@ def test_a_killed_rank_and_torchrun_starts_again(
     launcher = launch(path, "--max-restarts", "1")
 
     def reached() -> bool:
-        if moment == "in a step":
-            return last_step(out) >= 3
-        return last_step(out) >= 3 and any(out.glob("checkpoints/.tmp-*"))
+        if last_step(out) < 3 or not any(out.glob("checkpoints/step-*")):
+            return False
+        return moment == "in a step" or any(out.glob("checkpoints/.tmp-*"))
 
     wait_until(reached, launcher)
     workers(launcher)[1].send_signal(signal.SIGKILL)
