@@ -16,6 +16,7 @@ from dsv3.bench.claims.routes import Routes
 from dsv3.bench.paired import Run
 from dsv3.config import recipe as recipes
 from dsv3.config.train import PretrainRecipe
+from tests.train.conftest import MODEL, prepare_words
 
 Made = dict[str, tuple[float, float]]  # variation: held-out bits per byte, MaxVio
 
@@ -172,3 +173,20 @@ def test_fp8_uses_every_whole_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.data["loss at the end"] == pytest.approx([0.0, 0.0]) and found.verdict == HOLDS
     fp8.draw(found.data, tmp_path / "plot.png")
     assert np.isclose(len(found.rows), 3) and found.verdict != OPEN
+
+
+@pytest.mark.slow
+def test_a_real_claim_of_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = prepare_words(tmp_path)
+    scale = training.Scale("fast", 2, {**MODEL, "max_position_embeddings": 256, "initializer_range": 0.05})
+    monkeypatch.setattr(training, "FAST", scale)
+    for module in (training, nodes):
+        monkeypatch.setattr(module, "prepared", lambda: data)
+    found = nodes.measure(Options(True, (5,), 2, tmp_path))
+    assert found.verdict == f"limit: {HOLDS}; loss: {OPEN}"  # one seed resolves nothing
+    assert {name: row["steps"] for name, row in found.data["variations"].items()} == {
+        "baseline": 2,
+        "any-node": 2,
+    }
+    visits = found.data["variations"]["baseline"]["nodes"]
+    assert sum(visits[:2]) > 0 and not sum(visits[2:])
