@@ -153,7 +153,7 @@ def facts(recipe: PretrainRecipe, schedules: Schedules, data_ranks: int) -> dict
         "init_checkpoint_step": 0,
         "tensor_parallelism": 1,
         "pipeline_parallelism": recipe.parallel.pipeline,
-        "context_parallelism": 1,
+        "context_parallelism": recipe.parallel.context,
         "expert_parallelism": recipe.parallel.expert,
         "lowest_numerical_precision_in_linear": _PRECISION[recipe.precision],
     }
