@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ def extend(
         raise UserError(f"--resume ({resume}) must be auto: the phases find their own checkpoints")
     read = load(ExtendRecipe, recipe, ctx.args)
     last = run(read, resume is not None)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        return
     if last is None:
         typer.echo("stopped; the checkpoint is saved. Go on with the same command and --resume auto")
         return
