@@ -23,11 +23,11 @@ class Context:
     """What every layer's attention must know of the sequence.
 
     ``rotation``: cosines and sines of the positions, ``[T, P, 2]`` or ``[B, T, P, 2]``, FP32.
-    ``mask_B1TT``: true where a query may see a key; None: plain causal.
+    ``documents_BT``: attention stays within tokens of the same number; None: plain causal.
     """
 
     rotation: Tensor
-    mask_B1TT: Tensor | None = None
+    documents_BT: Tensor | None = None
 
 
 def keys_and_values(attention: MLA, latent_BTC: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def expanded_attention(
     """The default core: make every head's keys and values from the latent, then attend; ``[B, T, H V]``."""
     k, v = keys_and_values(attention, latent_BTC, k_rope_BTR)
     out = causal_attention(
-        q_BTHQ.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention.scale, context.mask_B1TT
+        q_BTHQ.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention.scale, context.documents_BT
     )
     return out.transpose(1, 2).flatten(2)
 

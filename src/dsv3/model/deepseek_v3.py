@@ -5,7 +5,7 @@ Shapes: B batch, T time, D hidden, V vocabulary, F = number of MTP modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +18,6 @@ from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import Embedding, Linear, RMSNorm
 from dsv3.model.moe import Gate, MoE, RouterStats
 from dsv3.model.mtp import MTPModule
-from dsv3.ops.attention import document_mask
 from dsv3.ops.rope import inverse_frequencies, rotations
 
 
@@ -54,8 +53,7 @@ class DeepSeekV3(nn.Module):
     """DeepSeek-V3 with its MTP modules; parameters carry Hugging Face's names, routed experts stacked.
 
     Weights are drawn from N(0, ``initializer_range``) with ``seed``; norms are one, expert biases zero.
-    Under ``torch.device("meta")`` nothing is allocated. ``document_mask`` is a seam, as an attention's core
-    is: what makes a mask of the documents' numbers.
+    Under ``torch.device("meta")`` nothing is allocated.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0):
@@ -63,7 +61,6 @@ class DeepSeekV3(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        self.document_mask: Callable[[Tensor], Tensor] = document_mask
         self._frequency_P, self._rope_factor = inverse_frequencies(config)
         if not self.lm_head.weight.is_meta:
             self.initialise(seed)
@@ -98,9 +95,8 @@ class DeepSeekV3(nn.Module):
         return {i: layer.mlp for i, layer in layers if isinstance(layer.mlp, MoE)}
 
     def context(self, positions: Tensor, documents_BT: Tensor | None = None) -> Context:
-        """Rotations (and, with documents, the mask) shared by all layers."""
-        mask = None if documents_BT is None else self.document_mask(documents_BT)
-        return Context(rotations(positions, self._frequency_P, self._rope_factor), mask)
+        """Rotations and documents, the same for all layers."""
+        return Context(rotations(positions, self._frequency_P, self._rope_factor), documents_BT)
 
     def hidden_states(
         self,

@@ -7,8 +7,8 @@ queries sees (and the keys of all), X any width.
 
 On a CPU, FP32 attention runs by blocks of queries against the keys they may see, as batched matrix products
 and torch's fused softmax. The backward makes the weights again, whole rows of them, so it needs neither the
-output nor a running maximum. It asks for no equal widths of keys and values and no T x T matrix, and takes
-about 0.7 of the time of torch's flash kernel there (docs/log.md).
+output nor a running maximum. It asks for no equal widths of keys and values and no T x T matrix, not even of
+documents, and takes about 0.7 of the time of torch's flash kernel there (docs/log.md).
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ BLOCK = 128  # queries at once
 BLOCK_ELEMENTS = 1 << 19  # scores at once: 2 MiB, so that they stay in a core's own cache
 
 
-def document_mask(documents_BT: Tensor) -> Tensor:
-    """Boolean ``[B, 1, T, T]``: true where a query may see a key (same document, not later)."""
-    length = documents_BT.shape[1]
-    same = documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=documents_BT.device).tril()
-    return same & earlier
-
-
 def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     """Boolean ``[queries, keys]``: where one of the last ``queries`` of ``keys`` tokens may see a key."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def document_mask(documents_BS: Tensor, queries: int) -> Tensor:
+    """Boolean ``[B, 1, queries, S]``: where one of the last ``queries`` tokens may see a key."""
+    own_BT = documents_BS[:, documents_BS.shape[1] - queries :]
+    same = own_BT[:, None, :, None] == documents_BS[:, None, None, :]
+    return same & causal_mask(queries, documents_BS.shape[1], documents_BS.device)
+
+
 def causal_attention_reference(
-    q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, mask_B1TT: Tensor | None = None
+    q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BS: Tensor | None = None
 ) -> Tensor:
     """The specification: scores, softmax in FP32, weighted sum of values."""
     scores = (q_BHTQ @ k_BHTQ.transpose(-1, -2)).float() * scale
-    if mask_B1TT is None:
-        mask_B1TT = causal_mask(q_BHTQ.shape[2], k_BHTQ.shape[2], q_BHTQ.device)
-    weights = scores.masked_fill(~mask_B1TT, float("-inf")).softmax(dim=-1)
+    queries, keys = q_BHTQ.shape[2], k_BHTQ.shape[2]
+    if documents_BS is None:
+        mask = causal_mask(queries, keys, q_BHTQ.device)
+    else:
+        mask = document_mask(documents_BS, queries)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     return weights.to(v_BHTV.dtype) @ v_BHTV
 
 
@@ -71,19 +73,18 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice, slice, slice]]:
 class _Weights:
     """Attention weights of some heads' block of queries over the keys up to its end: ``[G, block, S]``."""
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, mask_B1TT: Tensor | None):
-        self.q, self.k, self.scale, self.mask = q, k, scale, mask_B1TT
+    def __init__(self, q: Tensor, k: Tensor, scale: float, documents_BS: Tensor | None):
+        self.q, self.k, self.scale, self.documents = q, k, scale, documents_BS
         size = min(BLOCK, q.shape[2])
         self.later = torch.full((size, size), float("-inf"), dtype=q.dtype).triu_(1)
 
     def __call__(self, sequence: int, heads: slice, block: slice, seen: slice) -> Tensor:
         q, k = self.q[sequence, heads, block], self.k[sequence, heads, seen]
         scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=self.scale)
-        if self.mask is None:
-            scores[..., -q.shape[1] :].add_(self.later[: q.shape[1], : q.shape[1]])
-        else:
-            mask = self.mask[sequence if self.mask.shape[0] > 1 else 0, :, block, seen]
-            scores.masked_fill_(~mask, float("-inf"))
+        scores[..., -q.shape[1] :].add_(self.later[: q.shape[1], : q.shape[1]])
+        if self.documents is not None:
+            documents_S = self.documents[sequence, seen]
+            scores.masked_fill_(documents_S[-q.shape[1] :, None] != documents_S, float("-inf"))
         return torch.softmax(scores, dim=-1, out=scores)
 
 
@@ -100,24 +101,24 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dsv3::causal_attention", mutates_args=(), device_types="cpu")
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None) -> Tensor:
-    out, weights = _output(q, v), _Weights(q, k, scale, mask_B1TT)
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents_BS: Tensor | None) -> Tensor:
+    out, weights = _output(q, v), _Weights(q, k, scale, documents_BS)
     for b, heads, block, seen in _blocks(q, k):
         out[b, heads, block] = torch.bmm(weights(b, heads, block, seen), v[b, heads, seen])
     return out
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, documents_BS: Tensor | None) -> Tensor:
     return _output(q, v)
 
 
 @torch.library.custom_op("dsv3::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, documents_BS: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = _by_token(q), _by_token(k, zero=True), _by_token(v, zero=True)
-    weights = _Weights(q, k, scale, mask_B1TT)
+    weights = _Weights(q, k, scale, documents_BS)
     for b, heads, block, seen in _blocks(q, k):
         q_block, g_block = q[b, heads, block], grad[b, heads, block]
         weight = weights(b, heads, block, seen)
@@ -132,46 +133,50 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, mask_B1TT: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, documents_BS: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _by_token(q), _by_token(k), _by_token(v)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, ctx.scale, mask = inputs
-    ctx.save_for_backward(q, k, v, mask)
+    q, k, v, ctx.scale, documents = inputs
+    ctx.save_for_backward(q, k, v, documents)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, mask = ctx.saved_tensors
-    return (*_attention_backward(grad, q, k, v, ctx.scale, mask), None, None)
+    q, k, v, documents = ctx.saved_tensors
+    return (*_attention_backward(grad, q, k, v, ctx.scale, documents), None, None)
 
 
 _attention.register_autograd(_gradient, setup_context=_save)
 
 
 def causal_attention(
-    q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, mask_B1TT: Tensor | None = None
+    q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BS: Tensor | None = None
 ) -> Tensor:
-    """Causal attention ``[B, H, T, V]``; with a mask, attention where the mask is true (each row somewhere).
+    """Causal attention ``[B, H, T, V]``; with documents, to keys of the query's own document only.
 
-    ``k_BHTQ`` and ``v_BHTV`` may have more tokens than ``q_BHTQ``, which are then the last of them; a mask
-    has a row a query and a column a key.
+    ``k_BHTQ`` and ``v_BHTV`` may have more tokens than ``q_BHTQ``, which are then the last of them.
+    ``documents_BS``: the document of each key, any integers. Away from a CPU, and for BF16 on one, a mask
+    ``[B, 1, T, S]`` is made of them.
 
     Any float dtype; softmax in FP32 (FP64 for FP64).
     """
     on_cpu = q_BHTQ.device.type == "cpu"
     if on_cpu and q_BHTQ.dtype in (torch.float32, torch.float64):
-        return _attention(q_BHTQ, k_BHTQ, v_BHTV, scale, mask_B1TT)
+        return _attention(q_BHTQ, k_BHTQ, v_BHTV, scale, documents_BS)
     width = v_BHTV.shape[-1]
-    if mask_B1TT is None and q_BHTQ.shape[2] < k_BHTQ.shape[2]:  # torch's own mask has queries come first
-        mask_B1TT = causal_mask(q_BHTQ.shape[2], k_BHTQ.shape[2], q_BHTQ.device)
+    queries, keys, mask = q_BHTQ.shape[2], k_BHTQ.shape[2], None
+    if documents_BS is not None:
+        mask = document_mask(documents_BS, queries)
+    elif queries < keys:  # torch's own mask has queries come first
+        mask = causal_mask(queries, keys, q_BHTQ.device)
     pad = q_BHTQ.shape[-1] - width if on_cpu else 0  # torch's flash kernel on a CPU wants equal widths
     if pad < 0:  # values wider than keys: pad those instead, zeros add nothing to a score
         q_BHTQ, k_BHTQ = F.pad(q_BHTQ, (0, -pad)), F.pad(k_BHTQ, (0, -pad))
     elif pad > 0:
         v_BHTV = F.pad(v_BHTV, (0, pad))
     out = F.scaled_dot_product_attention(
-        q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask_B1TT, is_causal=mask_B1TT is None, scale=scale
+        q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask, is_causal=mask is None, scale=scale
     )
     return out[..., :width]

@@ -27,10 +27,9 @@ from dsv3.data.targets import positions
 from dsv3.model import DeepSeekV3
 from dsv3.model.attention import MLA, Context, expanded_attention, keys_and_values
 from dsv3.model.moe import balance_loss, hits
-from dsv3.ops.attention import causal_attention, document_mask
+from dsv3.ops.attention import causal_attention
 from dsv3.parallel.clock import Clock
 from dsv3.parallel.collectives import all_gather, reduce_scatter
-from dsv3.parallel.pipeline import Pipeline
 
 
 def chunks(rank: int, ranks: int) -> tuple[int, int]:
@@ -83,7 +82,7 @@ def in_order(rows_PBLX: Tensor) -> Tensor:
 
 
 class ContextParallel:
-    """Attention, masks and the balance loss over sequences of which this rank has two chunks."""
+    """Attention and the balance loss over sequences of which this rank has two chunks."""
 
     def __init__(self, model: DeepSeekV3, group: dist.ProcessGroup, clock: Clock):
         self.model, self.group, self.clock = model, group, clock
@@ -100,24 +99,16 @@ class ContextParallel:
         packed = torch.cat((latent_BTC, k_rope_BTR), dim=-1)
         latent, k_rope = in_order(_Gather.apply(packed, self.group, self.clock)).split(widths, dim=-1)
         k_BHTQ, v_BHTV = (x.transpose(1, 2) for x in keys_and_values(attention, latent, k_rope))
-        masks = (None, None) if context.mask_B1TT is None else context.mask_B1TT.chunk(2)
+        documents = context.documents_BT
+        if documents is not None:
+            documents = in_order(_Gather.apply(documents[..., None], self.group, self.clock))[..., 0]
         size, out = q_BTHQ.shape[1], []
-        for chunk, q, mask in zip(chunks(self.rank, self.ranks), q_BTHQ.chunk(2), masks):
+        for chunk, q in zip(chunks(self.rank, self.ranks), q_BTHQ.chunk(2)):
             seen = slice(0, (chunk + 1) * size)
-            visible = None if mask is None else mask[..., seen]
+            visible = None if documents is None else documents[:, seen]
             k, v = k_BHTQ[:, :, seen], v_BHTV[:, :, seen]
             out.append(causal_attention(q.transpose(1, 2), k, v, attention.scale, visible))
         return torch.cat(out).transpose(1, 2).flatten(2)
-
-    def mask(self, documents_BT: Tensor) -> Tensor:
-        """:func:`dsv3.ops.attention.document_mask` of this rank's queries and all keys: ``[2B, 1, L, T]``."""
-        if not self.model.training:
-            return document_mask(documents_BT)
-        documents = in_order(_Gather.apply(documents_BT[..., None], self.group, self.clock))[..., 0]
-        size, place = documents_BT.shape[1], torch.arange(documents.shape[1], device=documents.device)
-        own = place.view(-1, size)[list(chunks(self.rank, self.ranks))]  # [2, L]
-        same = documents_BT.unflatten(0, (2, -1))[..., None] == documents[None, :, None]
-        return (same & (own[:, None, :, None] >= place)).flatten(0, 1)[:, None]
 
     @torch.compiler.disable
     def balance_loss(self, scores_BTE: Tensor, chosen: int) -> Tensor:
@@ -134,7 +125,7 @@ class ContextParallel:
         return (f_BE * p_BE).sum(dim=-1).mean()
 
 
-def apply(model: DeepSeekV3, pipeline: Pipeline | None, group: dist.ProcessGroup, clock: Clock) -> None:
+def apply(model: DeepSeekV3, group: dist.ProcessGroup, clock: Clock) -> None:
     """Let a model, or this rank's stages of it, train on the rows of :func:`part`."""
     parallel = ContextParallel(model, group, clock)
     for module in model.modules():
@@ -142,5 +133,3 @@ def apply(model: DeepSeekV3, pipeline: Pipeline | None, group: dist.ProcessGroup
             module.core = parallel.attend
     for moe in model.moe_layers().values():
         moe.balance_loss = parallel.balance_loss
-    for owner in (model, *(pipeline.slices if pipeline is not None else ())):
-        owner.document_mask = parallel.mask

@@ -113,7 +113,7 @@ class World:
             return Weights(model), {}
         part: nn.Module = model if pipeline is None else pipeline.part
         if self.meshes.context is not None:
-            context.apply(model, pipeline, self.meshes.context, self.clock)
+            context.apply(model, self.meshes.context, self.clock)
         traffic = experts.apply(part, self.meshes, self.node_size, fp8, self.clock)
         weights = (ZeRO1 if self.zero == 1 else FSDP)(part, self.meshes)
         for name in pipeline.repeated if pipeline is not None else ():

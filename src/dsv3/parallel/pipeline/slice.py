@@ -119,7 +119,6 @@ class Slice(Part):
     ):
         super().__init__(model, pieces, embedding)
         self.gradients = WeightGradients()
-        self.document_mask = model.document_mask
         self.frequency_P, self.rope_factor = inverse_frequencies(model.config)
         self._lookup = (borrowed,)  # in a tuple: not a module of this slice
 
@@ -129,14 +128,12 @@ class Slice(Part):
         return cast(Embedding, self._lookup[0] or self.model.embed_tokens)
 
     def context(self, batch: Batch, length: int) -> Context:
-        """Rotations, and with documents positions that restart and a mask."""
+        """Rotations, and with documents positions that restart."""
         where = positions(batch, length)
         if where is None:
             where = torch.arange(length, device=batch.tokens_BT.device)
         turned = rotations(where, self.frequency_P, self.rope_factor)
-        if batch.documents_BT is None:
-            return Context(turned)
-        return Context(turned, self.document_mask(batch.documents_BT[:, :length]))
+        return Context(turned, None if batch.documents_BT is None else batch.documents_BT[:, :length])
 
     def forward(self, x_BTD: Tensor | None = None, *, micro: Tensor | int) -> Tensor:
         """The stream after this slice, ``[B, T, D]``; from the end the micro-batch's loss, a scalar.
