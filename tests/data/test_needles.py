@@ -16,8 +16,8 @@ from dsv3.config.recipe import validate
 from dsv3.data.needles import KEYS, VALUES, answer, documents, needle, question, strew
 from dsv3.data.sources import Skipped, plan, read
 
-NEEDLE = re.compile(r" ?Remember: ([a-z]+)(\d+) \1\.")
-QUESTION = re.compile(r" ?Recall: ([a-z]+)(\d+) \1\.")
+NEEDLE = re.compile(r" ?Remember: ([a-z]+)(\d+) \1\2\.")
+QUESTION = re.compile(r" ?Recall: ([a-z]+)(\d+) \1\2\.")
 TEXT = "And it was so. The evening came; then the morning! Was it day? It was.\n\nThe second day came. " * 20
 
 

@@ -5,9 +5,10 @@ come. Keys are plain nouns and values numbers, as in RULER's task of words and n
 guessed from the text around them. The value follows its key at once and has two digits, one token in most
 tokenizers: one look-up by an induction head, which is what a tiny model can learn.
 
-The key is said again behind its value. An induction head needs an earlier head that writes to each value
-which key came before it, and nothing rewards that head as long as the later one is missing. Saying the key
-again does: at the value it can only be known by looking one token back (docs/long-context.md).
+Key and value are said twice. Where they come again, the value is what stood one place before, which a head
+learns at once; from then on the key's second place already says what follows it, and a look-up is to find the
+same key and repeat that. Said once, a look-up needs two heads, neither of which is of use without the other
+(docs/long-context.md has both runs).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def question(key: str) -> str:
 
 def answer(key: str, value: int) -> str:
     """What a sentence says of a key, and what follows a question that names it, from the key on."""
-    return f"{key}{value} {key}."
+    return f"{key}{value} {key}{value}."
 
 
 def strew(text: str, every: int, draw: random.Random, asks: int = 1) -> str:
