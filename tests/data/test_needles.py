@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.common.errors import UserError
-from dsv3.config.data import NeedlesConfig, SourceConfig
-from dsv3.config.recipe import validate
+from dsv3.config.data import DataRecipe, NeedlesConfig, SourceConfig
+from dsv3.config.recipe import load, validate
 from dsv3.data.needles import KEYS, VALUES, answer, documents, needle, question, strew
 from dsv3.data.sources import Skipped, plan, read
 
@@ -74,3 +74,39 @@ def test_a_source_with_needles(tmp_path: Path) -> None:
 def test_lengths_the_wrong_way_round_are_refused() -> None:
     with pytest.raises(UserError, match=r"needles.shortest \(500\) exceeds needles.longest \(90\)"):
         validate(SourceConfig, {"name": "a", "stdlib": True, "needles": {"longest": 90}})
+
+
+@pytest.fixture(scope="module")
+def recipe_documents() -> dict[str, list[str]]:
+    """What each source of the needle recipes makes of a text of ours."""
+    found = {}
+    text = TEXT * 40
+    for file in ("needle-data.yaml", "needle-data-long.yaml"):
+        for source in load(DataRecipe, Path("recipes") / file).sources:
+            if source.needles is not None:
+                found[source.name] = list(documents([text], source.needles, file))
+    return found
+
+
+def test_recipes_hold_what_is_to_be_learnt(recipe_documents: dict[str, list[str]]) -> None:
+    """A look-up among several, from next to no text to longer than the last phase's windows."""
+    assert set(recipe_documents) == {"short", "several", "long"}
+    for made in recipe_documents.values():
+        for document in made:
+            told: dict[str, str] = {}
+            lines = sorted(
+                [*NEEDLE.finditer(document), *QUESTION.finditer(document)], key=lambda match: match.start()
+            )
+            for match in lines:
+                if "Remember" in match[0]:
+                    assert match[1] not in told
+                    told[match[1]] = match[2]
+                else:
+                    assert told[match[1]] == match[2]
+            assert told
+    needles = [len(NEEDLE.findall(document)) for document in recipe_documents["short"]]
+    assert sum(count > 1 for count in needles) > len(needles) / 2, "copying any value is not enough"
+    assert max(map(len, recipe_documents["short"])) < 4 * 256, "so short that what is asked for is near"
+    assert max(map(len, recipe_documents["long"])) > 3 * 8192
+    asked = [len(QUESTION.findall(document)) for document in recipe_documents["short"]]
+    assert sum(asked) >= 3 * sum(needles), "asked for often enough to be most of what can be predicted"
