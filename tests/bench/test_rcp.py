@@ -164,6 +164,13 @@ def test_what_is_wrong_is_said_before_anything_is_trained(
     assert "run this in the repository's folder" in dsv3()[1]
 
 
+def test_the_stored_points_are_the_shipped_recipe_s() -> None:
+    points = Points.load(rcp.POINTS, rcp.RECIPE)
+    assert points.reference, "recipes/rcp-tiny.json is of another recipe: dsv3 bench rcp --reference"
+    assert rcp.check(points.reference["steps"], points.reference["steps"]).verdict == "passes"
+    assert rcp.PAGE.read_text(encoding="utf-8").endswith(table(points))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_three_seeds_are_trained_once(
