@@ -74,12 +74,14 @@ def test_every_stage_leaves_what_the_page_says(whole: Path) -> None:
 
 
 @pytest.mark.slow
-def test_done_is_done_and_another_recipe_is_refused(whole: Path) -> None:
+def test_done_is_done_and_another_recipe_is_refused(whole: Path, tmp_path: Path) -> None:
     page = (whole / "pipeline.md").read_text()
-    said = finish(whole)
-    assert "[" not in said.split("the page:")[0]  # no stage was begun
-    assert (whole / "pipeline.md").read_text() == page
     command = [sys.executable, "-m", "dsv3", "bench", "end-to-end", str(FAST), *arguments(whole)]
+    docs = tmp_path / "docs"
+    more = ["--docs", str(docs), "--notes", "[it was so]"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0 and "[" not in done.stdout  # no stage was begun
+    assert (docs / "pipeline.md").read_text() == page + "\n## What to know\n\n* it was so\n"
     done = subprocess.run([*command, "--prompts", "9"], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2 and "holds a run of another recipe" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -70,8 +70,8 @@ def end_to_end(recipe: EndToEndRecipe) -> bool:
 
 
 def _claim(recipe: EndToEndRecipe, out: Path) -> None:
-    """Write the recipe; refuse a folder that holds the run of another."""
-    path, text = out / "recipe.yaml", recipes.dump(recipe)
+    """Write the recipe; refuse a folder that holds the run of another. Notes may be written afterwards."""
+    path, text = out / "recipe.yaml", recipes.dump(recipe.model_copy(update={"notes": []}))
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise UserError(f"out ({out}) holds a run of another recipe; choose another --out, or delete it")
     try:
