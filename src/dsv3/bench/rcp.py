@@ -142,7 +142,8 @@ def bench(
     expected = round(olympic(points.reference["steps"])) if points.reference else 250
     if waiting:
         train(waiting, expected, recipe.data.path, workers, "bench rcp", _words)
-    return result(runs, target, points, words)
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // workers)))
+    return result(runs, target, points, words, threads)
 
 
 def _words(run: Run) -> list[str]:
@@ -150,7 +151,9 @@ def _words(run: Run) -> list[str]:
     return [sys.executable, "-m", "dsv3", "pretrain", str(RECIPE), *settings]
 
 
-def result(runs: Sequence[Run], target: float, points: Points, words: Sequence[str]) -> dict[str, Any]:
+def result(
+    runs: Sequence[Run], target: float, points: Points, words: Sequence[str], threads: int
+) -> dict[str, Any]:
     """What the runs came to; None for steps of a run that did not arrive."""
     steps = [steps_to(run.folder, target) for run in runs]
     begun = dict.fromkeys((run.folder.parent / COMMIT).read_text().strip() for run in runs)
@@ -158,7 +161,7 @@ def result(runs: Sequence[Run], target: float, points: Points, words: Sequence[s
         "date": today(),
         "commit": ", ".join(begun),
         "words": list(words),
-        "machine": {**machine("cpu"), "threads": int(os.environ.get("OMP_NUM_THREADS", "1"))},
+        "machine": {**machine("cpu"), "threads": threads},
         "target": target,
         "seeds": [run.seed for run in runs],
         "steps": [None if math.isinf(n) else int(n) for n in steps],
