@@ -53,6 +53,21 @@ def test_the_ranks_parts_add_up_to_the_model(schedule: str) -> None:
     assert sum(rank.traffic["pipeline"] for rank in ranks) == 2 * borders * sent
 
 
+def test_a_context_shares_a_batchs_tokens() -> None:
+    """Half the readers with twice the sequences, half of each: the same activations; latents travel."""
+    plain, parts = (rehearse(small(pipeline=2, data_shard=4, context=c), 8)[1] for c in (1, 2))
+    for one, other in zip(plain, parts):
+        assert one.memory == other.memory and "context" not in one.traffic
+        # FP32 latents and shared keys forth, their gradients back; 16 micro-batches of 64 tokens
+        assert other.traffic["context"] == other.layers * 16 * 64 * (64 + 16) * (4 + 4)
+    tree = {"sequence_length": 128, "batch": {"sequences": 16, "micro_sequences": 1}}
+    one = recipes.validate(PretrainRecipe, {**small(context=4).model_dump(), **tree})
+    _, (rank,) = rehearse(one, 4)  # one sequence for four ranks
+    assert rank.memory["activations"] > 0
+    with pytest.raises(UserError, match=r"must be a multiple of the data ranks \(2\); try 2"):
+        rehearse(recipes.validate(PretrainRecipe, {**small(context=2).model_dump(), **tree}), 4)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match=r"expert \(3\) must divide"):
         rehearse(small(expert=3, data_shard=3), 3)

@@ -95,7 +95,8 @@ class World:
         """
         if self.meshes is None or self.layout.pipeline == 1:
             return None
-        pipeline = Pipeline(model, self.schedule, self.meshes.group("pipeline"), self.part_length(length))
+        group, rows = self.meshes.group("pipeline"), self.part_length(length)
+        pipeline = Pipeline(model, self.schedule, group, rows, length)
         kept = {id(p) for p in pipeline.part.parameters()}
         for module in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
             if not any(id(p) in kept for p in module.parameters()):

@@ -60,8 +60,6 @@ def rehearse(recipe: PretrainRecipe, gpus: int) -> tuple[Layout, list[RankPlan]]
     layout = resolve(section, config, gpus)
     if section.zero == 3:
         raise UserError("parallel.zero (3) is not rehearsed: use --parallel.zero 1, the report's")
-    if layout.context > 1:
-        raise UserError(f"parallel.context ({layout.context}) is not rehearsed: use --parallel.context 1")
     micro_batches = _micro_batches(recipe, layout)
     name = section.schedule if layout.pipeline > 1 else "1f1b"
     orders = schedule(name, layout.pipeline, micro_batches).orders
@@ -77,11 +75,11 @@ def rehearse(recipe: PretrainRecipe, gpus: int) -> tuple[Layout, list[RankPlan]]
 
 def _micro_batches(recipe: PretrainRecipe, layout: Layout) -> int:
     batch = recipe.batch
-    each = batch.micro_sequences // layout.data
-    if each * layout.data != batch.micro_sequences:
+    readers = layout.readers
+    if batch.micro_sequences % readers:
         raise UserError(
             f"batch.micro_sequences ({batch.micro_sequences}) must be a multiple of the data ranks "
-            f"({layout.data}); try {-(-batch.micro_sequences // layout.data) * layout.data}"
+            f"({readers}); try {-(-batch.micro_sequences // readers) * readers}"
         )
     return batch.sequences // batch.micro_sequences
 
@@ -98,7 +96,7 @@ def _rank_plan(
     parameters = sum(p.numel() for p in part.parameters())
     moment = {"bf16": BF16, "fp32": FP32}[recipe.optimizer.moments_in(recipe.precision)]
     updated = sum(piece.local.numel() for piece in weights.pieces.values())
-    tokens = recipe.batch.micro_sequences // layout.data * recipe.sequence_length
+    tokens = recipe.batch.micro_sequences * recipe.sequence_length // layout.data
     held = _held(order)
     layers = {stage: _layers(config, pipeline, stage) for stage in pipeline.stages}
     fp8 = recipe.precision == "fp8"
@@ -164,6 +162,9 @@ def _traffic(
     row = 2 * sum(wire.row_bytes(width, dtype) for wire in wires)  # out and home, forward and backward
     rows = sum(config.is_moe(layer) for layer in layers) * tokens * config.num_experts_per_tok
     traffic["all-to-all"] = round(rows * row * (layout.expert - 1) / layout.expert)
+    if layout.context > 1:  # latents to the others of the context; of theirs the gradients home, in FP32
+        latent = (config.kv_lora_rank + config.qk_rope_head_dim) * (dtype.itemsize + FP32)
+        traffic["context"] = len(layers) * tokens * latent * (layout.context - 1)
     return traffic
 
 
@@ -176,7 +177,8 @@ def summary(recipe: PretrainRecipe, gpus: int, machine: Hardware) -> dict[str, A
         "hardware": machine.name,
         "layout": {
             "pipeline": layout.pipeline, "expert": layout.expert, "data_shard": layout.shard,
-            "data_replicate": layout.replicate, "zero": 1, "schedule": recipe.parallel.schedule,
+            "data_replicate": layout.replicate, "context": layout.context, "zero": 1,
+            "schedule": recipe.parallel.schedule,
         },
         "micro_batches": _micro_batches(recipe, layout),
         "memory_bytes_per_gpu": machine.memory,

@@ -50,15 +50,24 @@ class Pipeline:
     embedding, which they share, as in the report; elsewhere the last rank has a copy, and both get the sum of
     their gradients.
 
-    ``length``: tokens of a sequence, for the costs by which the model is cut and the shape that travels.
+    ``length``: tokens of a row that travels. ``sequence``: those of a sequence, for the costs by which the
+    model is cut, where rows are parts of one.
+
     Raises :class:`UserError` where the model has too few layers.
     """
 
-    def __init__(self, model: DeepSeekV3, schedule: str, group: dist.ProcessGroup, length: int):
+    def __init__(
+        self,
+        model: DeepSeekV3,
+        schedule: str,
+        group: dist.ProcessGroup,
+        length: int,
+        sequence: int | None = None,
+    ):
         self.config, self.schedule, self.group, self.length = model.config, schedule, group, length
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.stages = stages_of(schedule, self.rank, self.ranks)
-        self.cut = cut(costs(model, length), schedule, self.ranks)
+        self.cut = cut(costs(model, sequence or length), schedule, self.ranks)
         embedding = model.model.embed_tokens
         self.dtype = embedding.compute_dtype or embedding.weight.dtype
         self.depths = len(model.mtp_modules)
