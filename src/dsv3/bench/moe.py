@@ -7,6 +7,7 @@ than cores, several share one. Three questions:
    bytes that leave a rank over the bandwidth that the same process group shows in one large exchange.
 2. Weak scaling: every process has as many tokens as one alone. Beside it processes that train at the same
    time and say nothing to each other: what the machine itself loses when its cores share memory and power.
+   Those update all the weights each, which the others share (ZeRO-1), so together may be the faster way.
 3. The same batch in several layouts, against one process.
 
 Of the steps the fastest is shown, its slowest rank's time: neighbours on a machine spoil the others.
