@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +120,7 @@ def drive(recipe: PretrainRecipe, folder: Path, losses: list[float]) -> Path:
 
 @pytest.mark.parametrize("division", ["closed", "open"])
 def test_the_671b_recipe_passes_mlperf_s_own_rules(division: str, tmp_path: Path) -> None:
+    pytest.importorskip("mlperf_logging")
     recipe = recipes.load(PretrainRecipe, RECIPE, ["--mlperf.division", division])
     path = drive(recipe, tmp_path, [3.7, 3.65, 3.6])
     assert complaints(path) == {}
@@ -175,3 +177,13 @@ def test_only_pre_training_writes_mlperf_s_log(tmp_path: Path) -> None:
             {"start": None, "model": {"preset": "tiny"}, "data": {"train": ["x.jsonl"]},
              "log": {"report_to": "mlperf"}},
         )  # fmt: skip
+
+
+def test_a_missing_library_is_said_before_anything_is_written(
+    make_recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlperf_logging.mllog.mllog", None)
+    recipe = make_recipe(log={"report_to": "mlperf"})
+    with pytest.raises(UserError, match=r"log.report_to \(mlperf\) is not installed: pip install"):
+        pretrain(recipe)
+    assert not Path(recipe.out).exists()
