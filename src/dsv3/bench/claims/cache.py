@@ -87,7 +87,7 @@ def measure(options: Options) -> Measured:
 def draw(data: dict[str, Any], path: Path) -> None:
     """A bar a cache."""
     figure, (axis,) = canvas(1, 7, 2.4)
-    bars(axis, data["bytes"], "bytes a token, 61 layers", logarithmic=True)
+    bars(axis, {name: size / 1024 for name, size in data["bytes"].items()}, "KiB a token, 61 layers")
     save(figure, path)
 
 

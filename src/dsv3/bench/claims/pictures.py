@@ -53,15 +53,13 @@ def curves(axis: Any, rows: Mapping[str, Sequence[Sequence[float]]], each: int, 
     axis.legend(fontsize=7, frameon=False)
 
 
-def bars(axis: Any, values: Mapping[str, float], label: str, logarithmic: bool = False) -> None:
+def bars(axis: Any, values: Mapping[str, float], label: str) -> None:
     """One bar a name, its value written at the end."""
     names = list(values)
     drawn = axis.barh(names, list(values.values()), color="C0", height=0.6)
     axis.bar_label(drawn, [f" {_figure(value)}" for value in values.values()], fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    if logarithmic:
-        axis.set_xscale("log")
     axis.set_xlabel(label)
 
 
