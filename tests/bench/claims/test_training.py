@@ -125,7 +125,7 @@ def test_batch_compares_losses_and_loads(monkeypatch: pytest.MonkeyPatch, option
     monkeypatch.setattr(balance, "routes", read)
     found = balance.measure_batch(options)
     assert "by sequence +1.00 ± 0.00 % bits per byte above by batch" in found.figure
-    assert "+100 ± 0 % further apart by batch" in found.figure and "+50 ± 0 % with the biases" in found.figure
+    assert "loads 0.20 by sequence, +0.20 ± 0.00 more by batch, +0.10 ± 0.00 more with" in found.figure
     assert found.verdict == f"loss: {HOLDS}; specialisation: {HOLDS}"
     balance.draw_batch(found.data, options.out / "plot.png")
 

@@ -19,6 +19,7 @@ from dsv3.bench.paired import LENGTH
 ALPHAS = ("aux-1e-3", "aux-1e-2", "aux-1e-1")
 SWEPT = (BASE, *ALPHAS, "unbalanced")
 BY_SEQUENCE, BY_BATCH = "aux-1e-2", "batch-aux-1e-2"
+TITLES = {BASE: "biases", BY_SEQUENCE: "auxiliary loss by sequence", BY_BATCH: "auxiliary loss by batch"}
 
 
 def measure_balance(options: Options) -> Measured:
@@ -65,17 +66,15 @@ def measure_batch(options: Options) -> Measured:
         found[run.name].setdefault("distance", []).append(read.distance)
         found[run.name].setdefault("load", read.load)  # the first seed's, for the heat map
     apart = {name: row["distance"] for name, row in found.items()}
-    wider = {
-        name: [100 * (a / b - 1) for a, b in zip(apart[name], apart[BY_SEQUENCE])]
-        for name in (BASE, BY_BATCH)
-    }
+    wider = {name: [a - b for a, b in zip(apart[name], apart[BY_SEQUENCE])] for name in (BASE, BY_BATCH)}
     loss = {name: training.changes(found, BY_SEQUENCE, name) for name in (BASE, BY_BATCH)}
     return Measured(
         f"by sequence {spread(loss[BY_BATCH])} bits per byte above by batch, {spread(loss[BASE])} above the"
-        f" biases; loads of sources {spread(wider[BY_BATCH], digits=0)} further apart by batch than by"
-        f" sequence, {spread(wider[BASE], digits=0)} with the biases",
+        f" biases; distance between sources' loads {np.mean(apart[BY_SEQUENCE]):.2f} by sequence,"
+        f" {spread(wider[BY_BATCH], '')} more by batch,"
+        f" {spread(wider[BASE], '')} more with the biases",
         f"loss: {above(loss[BY_BATCH])}; specialisation: {above(wider[BY_BATCH])}",
-        ("balanced by", "held-out bits per byte", "distance between sources' loads", "MaxVio, last quarter"),
+        ("balanced by", "held-out bits per byte", "sources' loads apart (0 to 1)", "MaxVio, last quarter"),
         [
             (
                 row["what"], f"{np.mean(row['bits_per_byte']):.4f}", f"{np.mean(row['distance']):.3f}",
@@ -97,7 +96,7 @@ def draw_batch(data: dict[str, Any], path: Path) -> None:
         image = axis.imshow(share * share.shape[1], cmap="magma", vmin=0, vmax=3, aspect="auto")
         axis.set_yticks(range(len(share)), list(row["load"]))
         axis.set_xlabel("expert of the last layer")
-        axis.set_title(name, fontsize=9)
+        axis.set_title(TITLES[name], fontsize=9)
     figure.colorbar(image, ax=axes, label="load, 1 when even", extend="max")
     save(figure, path)
 
