@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
+from textwrap import fill
 from typing import Any
 
 from dsv3.bench.end_to_end.figures import STAGES, WATCHED, ends
@@ -13,6 +14,7 @@ from dsv3.bench.end_to_end.plots import draw_accuracy, draw_watched
 from dsv3.common.files import write_atomic
 from dsv3.config.end_to_end import EndToEndRecipe
 
+WIDTH = 115  # columns of the page's source
 POINTS = 20  # percentage points that SFT to GRPO is to bring on one task at least
 
 
@@ -53,7 +55,7 @@ def _lines(recipe: EndToEndRecipe, found: dict[str, Any]) -> Iterator[str]:
     yield from _quantized(recipe, found)
     if recipe.notes:
         yield "\n## What to know\n"
-        yield from (f"* {note}" for note in recipe.notes)
+        yield from (f"* {fill(note, WIDTH, subsequent_indent='  ')}" for note in recipe.notes)
 
 
 def _taught(recipe: EndToEndRecipe, found: dict[str, Any]) -> Iterator[str]:
@@ -85,7 +87,11 @@ def _minutes(found: dict[str, Any], stage: str) -> str:
 
 
 def _accuracy(found: dict[str, Any]) -> Iterator[str]:
-    yield "Per cent: mean of the seeds, and in brackets the lowest and the highest.\n"
+    worst = 50 / min(found["questions"].values()) ** 0.5
+    yield (
+        "Per cent: mean of the seeds, and in brackets the lowest and the highest. One seed's figure has a"
+        f" standard error of\n{worst:.1f} points at most.\n"
+    )
     yield "| task | different questions | " + " | ".join(STAGES.values()) + " |"
     yield "|---" * (2 + len(STAGES)) + "|"
     for task, stages in found["accuracy"].items():
