@@ -95,7 +95,7 @@ def draw_batch(data: dict[str, Any], path: Path) -> None:
         share = np.array([layers[-1] for layers in row["load"].values()])
         image = axis.imshow(share * share.shape[1], cmap="magma", vmin=0, vmax=3, aspect="auto")
         axis.set_yticks(range(len(share)), list(row["load"]))
-        axis.set_xlabel("expert of the last layer")
+        axis.set_xlabel("expert of the last layer, first seed")
         axis.set_title(TITLES[name], fontsize=9)
     figure.colorbar(image, ax=axes, label="load, 1 when even", extend="max")
     save(figure, path)
@@ -119,7 +119,7 @@ BATCH = Claim(
     "4.5.3, figure 9",
     "as for claim 3, alpha 1e-2 for both losses (`model.seq_aux`); load of every expert by source on held-out"
     " code, prose and exercises",
-    "The report's differences are 0.2 %, as much as three seeds of so short a run can just resolve; load by"
-    " source is plain to see, since the sources differ far more than the Pile's do.",
+    "The report's differences in loss are 0.2 %, far less than the spread of three so short runs; how far loads"
+    " of sources lie apart is plain to see, since these sources differ more than the Pile's.",
     measure_batch, draw_batch,
 )  # fmt: skip
