@@ -119,7 +119,7 @@ BATCH = Claim(
     "4.5.3, figure 9",
     "as for claim 3, alpha 1e-2 for both losses (`model.seq_aux`); load of every expert by source on held-out"
     " code, prose and exercises",
-    "The report's differences in loss are 0.2 %, far less than the spread of three so short runs; how far loads"
-    " of sources lie apart is plain to see, since these sources differ more than the Pile's.",
+    "The report's differences in loss are 0.2 %, far less than the spread of three so short runs; how far"
+    " loads of sources lie apart is plain to see, since these sources differ more than the Pile's.",
     measure_batch, draw_batch,
 )  # fmt: skip
