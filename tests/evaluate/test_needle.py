@@ -25,7 +25,7 @@ from dsv3.evaluate.needle_plot import draw
 from tests.model.build import tiny_model
 
 TEXT = "And it was so. The evening came; then the morning! Was it day? It was, and the second day came. " * 9
-GRID = Grid((64, 96), (0.0, 0.5, 1.0), samples=2)
+GRID = Grid((128, 160), (0.0, 0.5, 1.0), samples=2)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ class Oracle:
 
 def test_a_prompt_is_as_long_as_said_and_hides_one_needle_at_its_depth(haystack: Haystack) -> None:
     decode = haystack.tokenizer.decode
-    for length in (64, 200, 1000):  # the text comes again where it is too short
+    for length in (128, 300, 1000):  # the text comes again where it is too short
         found = trials(haystack, Grid((length,), (0.0, 0.25, 0.5, 1.0)), length, sample=1)
         assert [trial.depth for trial in found] == [1.0, 0.5, 0.25, 0.0]
         for trial in found:
@@ -70,7 +70,7 @@ def test_a_prompt_is_as_long_as_said_and_hides_one_needle_at_its_depth(haystack:
             line = needle(trial.key, trial.value)
             assert len(trial.prompt) == length
             assert text.endswith(" " + question(trial.key))
-            assert text.count(line) == text.count(f"{trial.key}{trial.value}") == 1
+            assert text.count(line) == 1
             assert text.count("Remember:") == 4
             front = text.partition(" " + line)[0]
             before = len(haystack.tokenizer.encode(front)) / length
@@ -110,14 +110,14 @@ def test_only_the_whole_number_is_right(answer: str, right: bool) -> None:
 def test_the_score_says_where_needles_were_found(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    oracle = Oracle(Tokenizer.load(folder), reach=70)
+    oracle = Oracle(Tokenizer.load(folder), reach=132)
     monkeypatch.setattr(needles, "_llm", lambda *_, **__: oracle)
     result = measure(folder, folder.parent / "text.txt", GRID, tmp_path / "a.json")
     lengths, depths, share = scores(result)
-    assert (lengths, depths) == ([64, 96], [0.0, 0.5, 1.0])
+    assert (lengths, depths) == ([128, 160], [0.0, 0.5, 1.0])
     np.testing.assert_array_equal(share, [[1, 0], [1, 1], [1, 1]])
     assert oracle.asked == 12
-    wider = Grid((64, 96, 72), GRID.depths, samples=2)  # what is there is not asked again
+    wider = Grid((128, 160, 144), GRID.depths, samples=2)  # what is there is not asked again
     measure(folder, folder.parent / "text.txt", wider, tmp_path / "a.json")
     assert oracle.asked == 18
     draw([("one", result), ("two", result)], tmp_path / "map.png")
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     answers = out / f"{folder.parent.name}-model.json"
     words = [
-        "niah", folder, "--haystack", folder.parent / "text.txt", "--lengths", "96,128", "--depths", 3,
+        "niah", folder, "--haystack", folder.parent / "text.txt", "--lengths", "160,200", "--depths", 3,
         "--out", out,
     ]  # fmt: skip
     command = [sys.executable, "-m", "dsv3", *map(str, words), "--samples", "200"]
@@ -160,17 +160,17 @@ def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     after = json.loads(answers.read_text())["cells"]
     assert after[: len(before)] == before
-    assert {(c["length"], c["sample"]) for c in after} >= {(n, s) for n in (96, 128) for s in range(3)}
+    assert {(c["length"], c["sample"]) for c in after} >= {(n, s) for n in (160, 200) for s in range(3)}
     assert (out / "heat_map.png").is_file()
-    assert json.loads(again.stdout)[answers.stem]["lengths"] == [96, 128]
+    assert json.loads(again.stdout)[answers.stem]["lengths"] == [160, 200]
 
 
 def test_bad_input_is_refused(folder: Path, haystack: Haystack, tmp_path: Path) -> None:
     text = folder.parent / "text.txt"
     for grid, said in (
         (lambda: Grid((), (0.5,)), "lengths"),
-        (lambda: Grid((64,), (1.5,)), "depths"),
-        (lambda: Grid((64,), (0.5,), distractors=len(KEYS)), "distractors"),
+        (lambda: Grid((128,), (1.5,)), "depths"),
+        (lambda: Grid((128,), (0.5,), distractors=len(KEYS)), "distractors"),
     ):
         with pytest.raises(UserError, match=said):
             grid()
