@@ -147,7 +147,7 @@ def test_gains_are_read_from_the_whole_way(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(post, "recipes", SimpleNamespace(load=lambda *_: None))
     monkeypatch.setattr(post, "gather", lambda recipe: made)
     found = post.measure(options(tmp_path))
-    assert found.verdict == f"distillation: {HOLDS}; GRPO: {OPEN}"
+    assert found.verdict == f"distillation: {OPEN}, its answers are not told from its steps; GRPO: {OPEN}"
     assert "distillation +20.5 ± 6.4 points" in found.figure and "of 4.0 tokens" in found.figure
     post.draw(found.data, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").is_file()

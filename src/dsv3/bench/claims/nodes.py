@@ -74,6 +74,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         left.bar(
             places, 100 * counts / counts.sum(), 0.4, label=row["what"] if name != BASE else "the recipe"
         )
+    left.set_xticks(range(1, len(counts) + 1))
     left.set_xlabel("groups a token visits in a layer")
     left.set_ylabel("% of tokens")
     left.legend(fontsize=7, frameon=False)
