@@ -13,7 +13,7 @@ from dsv3.common.errors import UserError
 from dsv3.evaluate.needle import scores
 from dsv3.evaluate.needle_plot import draw as draw_maps
 
-FOLDER = Path("runs/niah-needle")  # as docs/long-context.md has it
+FOLDER = Path("runs/niah-needle")  # its own, so that other models' answers do not mix with it
 GREEN = 0.95  # share found
 
 
@@ -22,7 +22,7 @@ def measure(options: Options) -> Measured:
     files = sorted(FOLDER.glob("*.json"))
     if len(files) < 2:
         raise UserError(
-            f"claim needles reads {FOLDER}, where fewer than two models have answered: the commands are in"
+            f"claim needles reads {FOLDER}, where fewer than two models have answered: give `--out {FOLDER}` to dsv3 niah in"
             " docs/long-context.md"
         )
     results = [(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files]
