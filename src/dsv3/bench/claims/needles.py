@@ -22,8 +22,8 @@ def measure(options: Options) -> Measured:
     files = sorted(FOLDER.glob("*.json"))
     if len(files) < 2:
         raise UserError(
-            f"claim needles reads {FOLDER}, where fewer than two models have answered: give `--out {FOLDER}` to dsv3 niah in"
-            " docs/long-context.md"
+            f"claim needles reads {FOLDER}, where fewer than two models have answered: give `--out {FOLDER}`"
+            " to dsv3 niah in docs/long-context.md"
         )
     results = [(file.stem, json.loads(file.read_text(encoding="utf-8"))) for file in files]
     rows, means = [], []
