@@ -14,9 +14,7 @@ from dsv3.cli.bench.group import app
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def rcp(
     context: typer.Context,
-    seeds: int = typer.Option(
-        5, "--seeds", help="runs: seeds 0, 1, 2 ...; 3 at least, 6 for --reference"
-    ),
+    seeds: int = typer.Option(5, "--seeds", help="runs: seeds 0, 1, 2 ...; 3 at least, 6 for --reference"),
     workers: int = typer.Option(
         0, "--workers", min=0, help="runs at once; 0: one a core. OMP_NUM_THREADS: threads of each"
     ),
