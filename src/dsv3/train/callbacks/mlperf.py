@@ -27,6 +27,13 @@ MARK = ":::MLLOG "
 _PRECISION = {"fp32": "fp32", "bf16": "bfloat16", "fp8": "fp8"}
 
 
+class _Lines(logging.Logger):
+    """Of its own, and never silent: a library that calls ``logging.disable`` would leave the log empty."""
+
+    def isEnabledFor(self, level: int) -> bool:
+        return True
+
+
 class MLPerf(Callback):
     """Writes the lines; stands behind the run's :class:`Validation`. ``samples``: sequences to train on.
 
@@ -46,9 +53,7 @@ class MLPerf(Callback):
         self.began_ms = _now()
         self.read_at = -1
         self.in_block = False
-        self.lines = logging.getLogger(f"dsv3.mlperf.{id(self)}")
-        self.lines.propagate = False
-        self.lines.setLevel(logging.INFO)
+        self.lines = _Lines(NAME)
         self.log = MLLogger(logger=self.lines, root_dir=str(Path(__file__).parents[3]))
 
     def on_resume(self, trainer: Trainer, tensors: dict[str, Any]) -> None:
