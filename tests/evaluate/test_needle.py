@@ -138,6 +138,16 @@ def test_the_engine_answers_beyond_the_models_length_and_shares_prefixes(
     assert made[0].engine.stats.cached_tokens > 250  # half of the second prompt at least
 
 
+def test_a_prompt_may_fill_the_models_length(folder: Path, tmp_path: Path) -> None:
+    model = dsv3.load(folder)
+    model.config = model.config.model_copy(update={"max_position_embeddings": 300})
+    dsv3.save(model, tmp_path / "model", tokenizer_files=[folder / "tokenizer.json"])
+    result = measure(
+        tmp_path / "model", folder.parent / "text.txt", Grid((300,), (0.5,), 1), tmp_path / "a.json"
+    )
+    assert len(result["cells"]) == 1
+
+
 def test_a_killed_run_goes_on(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     answers = out / f"{folder.parent.name}-model.json"

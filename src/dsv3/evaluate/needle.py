@@ -238,6 +238,7 @@ def _found(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
 def _llm(folder: Path, longest: int, **options: Any) -> LLM:
     """The engine over a model that takes prompts of ``longest`` tokens, whatever it was made for."""
     model = load(folder)
+    longest += 16  # the answer
     if longest > model.config.max_position_embeddings:
-        model.config = model.config.model_copy(update={"max_position_embeddings": longest + 16})
-    return LLM(model, tokenizer=Tokenizer.load(folder), max_length=longest + 16, **options)
+        model.config = model.config.model_copy(update={"max_position_embeddings": longest})
+    return LLM(model, tokenizer=Tokenizer.load(folder), max_length=longest, **options)
