@@ -242,6 +242,23 @@ def test_a_key_is_asked_for_and_forgotten_with_the_tab(page: Any, server: FakeAp
     page.errors.clear()
 
 
+def test_a_key_given_while_a_wrong_one_is_still_being_tried(page: Any, server: FakeApi) -> None:
+    server.key = "secret"
+    held: list[Any] = []
+    say(page, "hello")
+    page.get_by_label("API key").fill("wrong")
+    page.route("**/v1/chat/completions", lambda route: held.append(route), times=1)
+    page.get_by_role("button", name="Use key").click()
+    expect(page.get_by_role("alert")).to_contain_text("does not know this key")
+    page.get_by_label("API key").fill("secret")
+    page.get_by_role("button", name="Use key").click()
+    assert len(held) == 1
+    held[0].continue_()
+    expect(answer(page)).to_contain_text("to hello.")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.errors.clear()
+
+
 def test_a_server_that_is_gone(page: Any, server: FakeApi) -> None:
     page.route("**/v1/chat/completions", lambda route: route.abort())
     say(page, "hello")

@@ -125,6 +125,8 @@ async function reply() {
   if (messages.at(-1)?.role === "assistant") messages.pop();
   const message = { role: "assistant", content: "", reasoning: "", end: "unfinished", figures: [] };
   const body = request();
+  const asked = key;
+  let again = false;
   messages.push(message);
   running = new AbortController();
   fail("");
@@ -145,7 +147,7 @@ async function reply() {
   const clock = setInterval(() => tell(`Answering, ${((performance.now() - started) / 1000).toFixed(0)} s`), 1000);
   tell("Answering");
   try {
-    await answer(body, key, running.signal, (part) => {
+    await answer(body, asked, running.signal, (part) => {
       if (part.content || part.reasoning) {
         last = performance.now();
         first ||= last;
@@ -159,6 +161,7 @@ async function reply() {
     message.figures = figures(usage, first - started, last - first);
   } catch (error) {
     if (error.name === "AbortError") message.end = "stopped";
+    else if (error.status === 401 && asked !== key) again = true; // another key was given meanwhile
     else failed(error, true);
   }
   clearInterval(clock);
@@ -174,6 +177,7 @@ async function reply() {
     keepMessages();
     below();
     if (follow) toEnd();
+    if (again) reply();
   } else below();
 }
 
@@ -233,15 +237,16 @@ function openSettings(open) {
 }
 
 async function listModels() {
+  const asked = key;
   try {
-    const names = await models(key);
+    const names = await models(asked);
     if (!names.includes(settings.model)) settings.model = names[0] || "";
     $("model").replaceChildren(...names.map((name) => make("option", "", name)));
     $("model").value = settings.model;
     $("model").hidden = names.length < 2;
     $("model-name").textContent = names.length === 1 ? names[0] : "";
   } catch (error) {
-    failed(error, false);
+    if (asked === key) failed(error, false); // else a later listing answers for the key given since
   }
 }
 
