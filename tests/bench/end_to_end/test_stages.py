@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dsv3.bench.end_to_end.figures import gather
-from dsv3.bench.end_to_end.stages import steps
+from dsv3.bench.end_to_end.stages import _repeated, steps
 from dsv3.common.errors import UserError
 from dsv3.config import recipe as recipes
 from dsv3.config.end_to_end import EndToEndRecipe
@@ -53,13 +55,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_every_stage_leaves_what_the_page_says(whole: Path) -> None:
     found = figures(whole)
-    for stage in ("sft", "again", "grpo"):
+    for stage in ("sft", "control", "again", "grpo"):
         lines = (whole / "seed-0" / stage / "eval" / "letters-1.jsonl").read_text().splitlines()[1:]
         scores = [json.loads(line)["scores"]["accuracy"] for line in lines]
         assert len(scores) == 16
         assert found["accuracy"]["letters:1"][stage] == [sum(scores) / 16]
         assert f"{100 * sum(scores) / 16:.1f}" in (whole / "pipeline.md").read_text()
     assert found["accuracy"]["letters:1"]["pretrain"] == [0]
+    written = [(whole / "seed-0" / stage / "recipe.yaml").read_text() for stage in ("sft", "grpo")]
+    seeds = [yaml.safe_load(text)["seed"] for text in written]
+    assert len(set(seeds)) == 2  # of one seed GRPO's first questions would be those that SFT has answered
+    trained = found["trained"]
+    assert trained["control"]["step"] == pytest.approx(trained["again"]["step"], abs=2)
     assert found["accuracy"]["letters:1"]["sft"][0] > 0.4  # what is right most often is learnt
     assert found["distilled"][0]["kept"] == found["distilled"][0]["answered"] > 0
     kept = (whole / "seed-0" / "distill" / "samples.jsonl").read_text().splitlines()
@@ -108,6 +115,15 @@ def test_three_kills_change_nothing(whole: Path, tmp_path: Path) -> None:
         process.communicate()
     finish(out)
     assert figures(out) == figures(whole)
+
+
+def test_the_control_has_as_many_rows_and_nothing_new(tmp_path: Path) -> None:
+    examples, kept, repeated = (tmp_path / name for name in ("examples", "kept", "repeated"))
+    examples.write_text("".join(f'{{"row": {number}}}\n' for number in range(10)))
+    kept.write_text("{}\n" * 15)
+    assert _repeated(repeated, examples, kept)
+    rows = [json.loads(line)["row"] for line in repeated.read_text().splitlines()]
+    assert sorted(Counter(rows).values()) == [2] * 5 + [3] * 5 and set(rows) == set(range(10))
 
 
 def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None:

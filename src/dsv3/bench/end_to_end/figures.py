@@ -7,13 +7,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from dsv3.bench.end_to_end.stages import AFTER
+from dsv3.bench.end_to_end.stages import AFTER, CONTROL
 from dsv3.config.end_to_end import EndToEndRecipe
 from dsv3.config.model import ModelConfig
 from dsv3.plan.params import counts
 from dsv3.train.run import read_lines
 
-STAGES = {"pretrain": "pre-training", **AFTER}
+STAGES = {"pretrain": "pre-training", **AFTER}  # each from the one before
+SHOWN = {"pretrain": "pre-training", "sft": AFTER["sft"], **CONTROL, **AFTER}
 WATCHED = {
     "reward": "reward",
     "kl": "KL to the start (nats a token)",
@@ -22,7 +23,7 @@ WATCHED = {
 }
 PARTS = {  # a stage's steps, as they are named where their time is written
     "tokenizer and pre-training": "pretrain", "SFT": "sft", "distillation": "again", "SFT on it": "again",
-    "GRPO": "grpo",
+    "SFT for longer": "control", "GRPO": "grpo",
 }  # fmt: skip
 ENDS = 5  # steps at each end of a GRPO run that a figure is the mean of
 
@@ -41,7 +42,7 @@ def gather(recipe: EndToEndRecipe) -> dict[str, Any]:
         one = first[task]["accuracy"]
         questions[task] = first[task]["n"]
         accuracy[task] = {"pretrain": [one] * len(seeds)} | {
-            stage: [_results(seed / stage)[task]["accuracy"] for seed in seeds] for stage in AFTER
+            stage: [_results(seed / stage)[task]["accuracy"] for seed in seeds] for stage in AFTER | CONTROL
         }
     runs = [_steps(seed / "grpo") for seed in seeds]
     config = ModelConfig.from_pretrained(out / "pretrain" / "model")
@@ -52,7 +53,7 @@ def gather(recipe: EndToEndRecipe) -> dict[str, Any]:
         "accuracy": accuracy,
         "watched": {name: [[line[name] for line in lines] for lines in runs] for name in WATCHED},
         "difference": max(line["sampling/sampling_logp_difference/max"] for lines in runs for line in lines),
-        "trained": {stage: _trained(out, seeds, stage) for stage in STAGES},
+        "trained": {stage: _trained(out, seeds, stage) for stage in SHOWN},
         "distilled": [json.loads((seed / "distill" / "report.json").read_text()) for seed in seeds],
         "quantized": {
             kind: {

@@ -9,7 +9,7 @@ from statistics import mean
 from textwrap import fill
 from typing import Any
 
-from dsv3.bench.end_to_end.figures import STAGES, WATCHED, ends
+from dsv3.bench.end_to_end.figures import SHOWN, STAGES, WATCHED, ends
 from dsv3.bench.end_to_end.plots import draw_accuracy, draw_watched
 from dsv3.common.files import write_atomic
 from dsv3.config.end_to_end import EndToEndRecipe
@@ -66,13 +66,14 @@ def _taught(recipe: EndToEndRecipe, found: dict[str, Any]) -> Iterator[str]:
     taught = {
         "pretrain": f"`{recipe.pretrain.recipe}`: text alone, none of the tasks",
         "sft": f"{recipe.examples} solved examples a task, answers without steps",
+        "control": "those again, from SFT, as many rows as distillation has: what more steps alone bring",
         "again": f"those and {kept:.0f} answers more: the SFT model answered {asked} other questions"
         f" {attempts / asked:.0f} times each, and the tasks' verifiers kept the right ones, one a question",
         "grpo": "the verifiers' rewards alone",
     }
     yield "| stage | taught by | steps | tokens | minutes of processor time |"
     yield "|---|---|---|---|---|"
-    for stage, name in STAGES.items():
+    for stage, name in SHOWN.items():
         steps, tokens = trained[stage]["step"], trained[stage]["tokens"] / 1e3
         yield f"| {name} | {taught[stage]} | {steps:.0f} | {tokens:.0f}K | {_minutes(found, stage)} |"
     yield (
@@ -92,11 +93,11 @@ def _accuracy(found: dict[str, Any]) -> Iterator[str]:
         "Per cent: mean of the seeds, and in brackets the lowest and the highest. One seed's figure has a"
         f" standard error of\n{worst:.1f} points at most.\n"
     )
-    yield "| task | different questions | " + " | ".join(STAGES.values()) + " |"
-    yield "|---" * (2 + len(STAGES)) + "|"
+    yield "| task | different questions | " + " | ".join(SHOWN.values()) + " |"
+    yield "|---" * (2 + len(SHOWN)) + "|"
     for task, stages in found["accuracy"].items():
         cells = []
-        for stage in STAGES:
+        for stage in SHOWN:
             values = [100 * value for value in stages[stage]]
             spread = "" if stage == "pretrain" else f" ({min(values):.1f} - {max(values):.1f})"
             cells.append(f"{mean(values):.1f}{spread}")
@@ -116,10 +117,9 @@ def _verdict(found: dict[str, Any]) -> Iterator[str]:
         ]
         flat += falls
         rising += [] if falls else [task]
-    gains = {task: 100 * (mean(stages["grpo"]) - mean(stages["sft"])) for task, stages in accuracy.items()}
+    gains = _gains(accuracy, "sft", "grpo")
     best = max(gains, key=lambda task: gains[task])
-    alone = {task: 100 * (mean(stages["grpo"]) - mean(stages["again"])) for task, stages in accuracy.items()}
-    most = max(alone, key=lambda task: alone[task])
+    alone = _gains(accuracy, "again", "grpo")
     yield (
         f"The mean rises at every stage on {len(rising)} of {len(accuracy)} tasks"
         + (f" ({', '.join(f'`{task}`' for task in rising)})." if rising else ".")
@@ -127,13 +127,23 @@ def _verdict(found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"From SFT to GRPO it gains most on `{best}`: {gains[best]:+.1f} points"
         + ("" if gains[best] >= POINTS else f", less than the {POINTS} looked for")
-        + f". GRPO alone, from the model it began with, gains most on `{most}`: {alone[most]:+.1f} points."
+        + f". GRPO alone, from the model it began with: {_points(alone)}. Distillation, beside as many steps"
+        f" on the examples of SFT alone: {_points(_gains(accuracy, 'control', 'again'))}."
     )
     yield (
         f"What did not rise: {'; '.join(flat)}."
         if flat
         else "No stage lost anything on any task, in the mean."
     )
+
+
+def _gains(accuracy: dict[str, Any], start: str, end: str) -> dict[str, float]:
+    """Points from one stage to another, in the mean of the seeds, by task."""
+    return {task: 100 * (mean(stages[end]) - mean(stages[start])) for task, stages in accuracy.items()}
+
+
+def _points(gains: dict[str, float]) -> str:
+    return ", ".join(f"{gain:+.1f} on `{task}`" for task, gain in gains.items())
 
 
 def _watched(found: dict[str, Any]) -> Iterator[str]:

@@ -36,7 +36,9 @@ from dsv3.train.quickstart import prepare_what_there_is
 from dsv3.train.sft import sft
 
 AFTER = {"sft": "SFT", "again": "distillation", "grpo": "GRPO"}  # a seed's models, in their order
-OTHERS = 1000  # added to a seed: distillation asks other questions than the examples answer
+CONTROL = {"control": "SFT for longer"}  # from SFT too, as many steps as distillation: what steps alone bring
+ASKED = 1000  # added to a seed: distillation asks other questions than the examples answer,
+ROLLED = 2000  # and GRPO other ones than both
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def _of_seed(recipe: EndToEndRecipe, seed: int, folder: Path, base: Path) -> Ite
     Recipes that begin from a model read its shape from its folder: they are read when it is there.
     """
     examples, kept = folder / "examples.jsonl", folder / "distill" / "samples.jsonl"
+    repeated = folder / "repeated.jsonl"
     given: dict[str, Any] = {"seed": seed}
     tasks = [{"name": n, "difficulty": d} for n, d in map(_split, recipe.tasks)]
 
@@ -127,14 +130,16 @@ def _of_seed(recipe: EndToEndRecipe, seed: int, folder: Path, base: Path) -> Ite
     def answer() -> bool:
         made = recipe.distill.load(
             DistillRecipe, out=str(folder / "distill"),
-            prompts__tasks=[{**task, "count": recipe.prompts} for task in tasks], prompts__seed=seed + OTHERS,
+            prompts__tasks=[{**task, "count": recipe.prompts} for task in tasks], prompts__seed=seed + ASKED,
             expert__kind="engine", expert__model=str(folder / "sft" / "model"), **given,
         )  # fmt: skip
         return bool(distill(made, resume=True))
 
     def reinforce() -> bool:
         start = str(folder / "again" / "model")
-        made = recipe.grpo.load(GRPORecipe, out=str(folder / "grpo"), start=start, tasks=tasks, **given)
+        made = recipe.grpo.load(
+            GRPORecipe, out=str(folder / "grpo"), start=start, tasks=tasks, seed=seed + ROLLED
+        )
         return grpo(made, "auto") is not None
 
     name = f"seed {seed}: "
@@ -147,6 +152,12 @@ def _of_seed(recipe: EndToEndRecipe, seed: int, folder: Path, base: Path) -> Ite
         lambda: tune(recipe.again, "again", folder / "sft" / "model", examples, kept),
     )  # fmt: skip
     yield _asked(recipe, name + "distillation", folder / "again")
+    yield Step(name + "examples again", repeated, lambda: _repeated(repeated, examples, kept))
+    yield Step(
+        name + "SFT for longer", folder / "control" / "model",
+        lambda: tune(recipe.again, "control", folder / "sft" / "model", repeated),
+    )  # fmt: skip
+    yield _asked(recipe, name + "SFT for longer", folder / "control")
     yield Step(name + "GRPO", folder / "grpo" / "model", reinforce)
     yield _asked(recipe, name + "GRPO", folder / "grpo")
 
@@ -163,6 +174,14 @@ def _written(recipe: EndToEndRecipe, seed: int, path: Path) -> bool:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return True
+
+
+def _repeated(path: Path, examples: Path, kept: Path) -> bool:
+    """As many rows as the examples and the kept answers are together, of the examples alone, evenly."""
+    rows = examples.read_bytes().splitlines(keepends=True)
+    count = len(rows) + len(kept.read_bytes().splitlines())
+    write_atomic(path, b"".join(rows[number * len(rows) // count] for number in range(count)))
     return True
 
 
