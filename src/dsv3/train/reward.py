@@ -28,10 +28,11 @@ from dsv3.evaluate.reward_model import pair_accuracy
 from dsv3.model import DeepSeekV3
 from dsv3.model.moe import RouterStats
 from dsv3.model.score import add_score, scores
+from dsv3.train.callbacks.repeated import Repeated
 from dsv3.train.run import RunFolder, read_lines
 from dsv3.train.schedules import Extent
 from dsv3.train.stage import check_start, choose_device, make_model, open_run, train_stage
-from dsv3.train.trainer import Accumulated, Callback, StepReport, Trainer
+from dsv3.train.trainer import Accumulated, Trainer
 
 
 def preference_loss(
@@ -78,21 +79,18 @@ class BradleyTerry:
         return Accumulated(loss, tokens, metrics)
 
 
-class HeldOutPairs(Callback):
+class HeldOutPairs(Repeated):
     """Accuracy on pairs whose prompts are not trained on: before the first step, now and then, at the end."""
 
     def __init__(self, run: RunFolder, pairs: Sequence[Pair], pad_id: int, every: int):
-        self.run, self.pairs, self.pad_id, self.every = run, pairs, pad_id, every
-        self.last_step = -1
+        super().__init__(every, first=True)
+        self.run, self.pairs, self.pad_id = run, pairs, pad_id
 
-    def measure(self, trainer: Trainer) -> None:
-        """Measure now, unless this step already was."""
-        if self.last_step == trainer.state.step:
-            return
+    def read(self, trainer: Trainer) -> None:
+        """A line of metrics and one for people."""
         trainer.model.eval()
         found, loss = pair_accuracy(trainer.model, self.pairs, self.pad_id)
         trainer.model.train()
-        self.last_step = trainer.state.step
         self.run.metric(
             {
                 "step": trainer.state.step, "tokens": trainer.state.tokens, "held_out_loss": loss,
@@ -104,20 +102,10 @@ class HeldOutPairs(Callback):
             f" {found.pairs} held-out pairs right, loss {loss:.3f}"
         )
 
-    def on_start(self, trainer: Trainer) -> None:
-        """Where a new run begins: chance."""
-        if trainer.state.step == 0:
-            self.measure(trainer)
-
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Every ``validation.every`` steps."""
-        if trainer.state.step % self.every == 0:
-            self.measure(trainer)
-
     def on_end(self, trainer: Trainer) -> None:
-        """Once more when all pairs were seen."""
+        """Once more when all pairs were seen, and the plot."""
+        super().on_end(trainer)
         if trainer.finished:
-            self.measure(trainer)
             draw(self.run.path)
 
 

@@ -13,27 +13,26 @@ from dsv3.data.tokenizer import Tokenizer
 from dsv3.evaluate.held_out import HeldOut, evaluate, in_bytes
 from dsv3.evaluate.sample import generate
 from dsv3.parallel.world import World
+from dsv3.train.callbacks.repeated import Repeated
 from dsv3.train.run import RunFolder
-from dsv3.train.trainer import Callback, StepReport, Trainer
+from dsv3.train.trainer import Callback, Trainer
 
 
-class Validation(Callback):
+class Validation(Repeated):
     """Reads the same held-out sequences every ``validation.every`` steps and at the end.
 
     ``seconds``: what the last reading took. A loss at or below ``validation.target`` ends the run.
     """
 
     def __init__(self, run: RunFolder, rows: Batch, byte_lengths: Tensor, options: ValidationSection):
+        super().__init__(options.every)
         self.run, self.options = run, options
         self.rows, self.byte_lengths = rows, byte_lengths
         self.last: HeldOut | None = None
-        self.last_step = -1
         self.seconds = 0.0
 
-    def measure(self, trainer: Trainer) -> None:
-        """Evaluate now, unless this step already was."""
-        if self.last_step == trainer.state.step:
-            return
+    def read(self, trainer: Trainer) -> None:
+        """Evaluate; a line of metrics and one for people."""
         started = time.monotonic()
         trainer.model.eval()
         length = trainer.recipe.sequence_length
@@ -42,7 +41,7 @@ class Validation(Callback):
         else:
             found = in_bytes(trainer.pipeline.read(self.rows), self.rows, self.byte_lengths, length)
         trainer.model.train()
-        self.last, self.last_step = found, trainer.state.step
+        self.last = found
         self.seconds = time.monotonic() - started
         self.run.metric(
             {
@@ -74,18 +73,8 @@ class Validation(Callback):
         if trainer.state.reached:
             self.measure(trainer)
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Every ``validation.every`` steps."""
-        if trainer.state.step % self.options.every == 0:
-            self.measure(trainer)
 
-    def on_end(self, trainer: Trainer) -> None:
-        """Once more at the end of the run; not when it was only asked to stop."""
-        if trainer.finished:
-            self.measure(trainer)
-
-
-class Samples(Callback):
+class Samples(Repeated):
     """Continues the recipe's prompts every ``samples.every`` steps and at the end.
 
     ``encode``: the token ids a prompt stands for.
@@ -98,9 +87,10 @@ class Samples(Callback):
         options: SamplesSection,
         encode: Callable[[str], list[int]],
     ):
+        super().__init__(options.every)
         self.run, self.tokenizer, self.options, self.encode = run, tokenizer, options, encode
 
-    def write(self, trainer: Trainer) -> None:
+    def read(self, trainer: Trainer) -> None:
         """One line of ``samples.jsonl`` a prompt."""
         options, tokenizer = self.options, self.tokenizer
         trainer.model.eval()
@@ -117,16 +107,6 @@ class Samples(Callback):
             text = tokenizer.decode(made, skip_special=True)
             self.run.sample({"step": trainer.state.step, "prompt": prompt, "text": text})
         trainer.model.train()
-
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Every ``samples.every`` steps."""
-        if trainer.state.step % self.options.every == 0 and not trainer.finished:
-            self.write(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """At the end of the run."""
-        if trainer.finished:
-            self.write(trainer)
 
 
 def beside(run: RunFolder, world: World, validation: Validation, samples: Samples) -> list[Callback]:

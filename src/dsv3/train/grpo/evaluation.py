@@ -6,17 +6,19 @@ from dataclasses import replace
 
 from dsv3.config.grpo import GRPORecipe
 from dsv3.serve.params import SamplingParams
+from dsv3.train.callbacks.repeated import Repeated
 from dsv3.train.grpo.prompts import Prompts
 from dsv3.train.grpo.rollouts import Rollouts
 from dsv3.train.run import RunFolder
-from dsv3.train.trainer import Callback, StepReport, Trainer
+from dsv3.train.trainer import Trainer
 
 
-class HeldOutTasks(Callback):
+class HeldOutTasks(Repeated):
     """``accuracy/TASK``, mean scores: at the start, every ``evaluation.every`` steps and at the end."""
 
     def __init__(self, run: RunFolder, recipe: GRPORecipe, prompts: Prompts, rollouts: Rollouts):
-        self.run, self.rollouts, self.every = run, rollouts, recipe.evaluation.every
+        super().__init__(recipe.evaluation.every, first=True)
+        self.run, self.rollouts = run, rollouts
         self.params = SamplingParams(max_tokens=recipe.rollouts.max_tokens, temperature=0)
         self.examples = {
             f"{section.name}-{section.difficulty}": (
@@ -28,13 +30,9 @@ class HeldOutTasks(Callback):
             name: [prompts.of(example.row(), 0).ids for example in examples]
             for name, (_, examples) in self.examples.items()
         }
-        self.measured = -1
 
-    def measure(self, trainer: Trainer) -> None:
+    def read(self, trainer: Trainer) -> None:
         """Answer all examples, each rank some of them; a line of metrics and one for people."""
-        if trainer.state.step == self.measured:
-            return
-        self.measured = trainer.state.step
         found: dict[str, float] = {}
         world = trainer.world
         own = slice(world.data_rank, None, world.data_size)
@@ -48,17 +46,3 @@ class HeldOutTasks(Callback):
         self.run.metric(record)
         said = ", ".join(f"{name.partition('/')[2]} {100 * value:.1f}%" for name, value in found.items())
         self.run.log(f"step {trainer.state.step}: held-out {said}")
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Where the run begins."""
-        if trainer.state.step == 0:
-            self.measure(trainer)
-
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        """Now and then."""
-        if trainer.state.step % self.every == 0:
-            self.measure(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Where it ends."""
-        self.measure(trainer)
