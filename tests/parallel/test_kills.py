@@ -36,7 +36,7 @@ def torchrun(*words: str) -> subprocess.Popen:
         ("rows", {"expert": 2}, ", while rows travelled"),
         ("gradients", {}, ", in the sum of gradients"),
         ("weights", {"expert": 2}, ", in the gathering of weights"),
-        ("stream", {"pipeline": 2, "schedule": "1f1b"}, ""),
+        ("stream", {"pipeline": 2, "schedule": "1f1b"}, ", between the stages of the pipeline"),
     ],
 )
 def test_a_rank_dies_inside_a_collective(
@@ -75,7 +75,8 @@ def test_half_the_ranks_are_gone_for_good(data: Path, unbroken: Path, tmp_path: 
     time.sleep(2)  # the first one's store is what they meet at
     launchers.append(torchrun(*words))
     try:
-        wait_until(lambda: last_step(out) >= 3, launchers[0])
+        saved = out / "checkpoints"
+        wait_until(lambda: last_step(out) >= 3 and any(saved.glob("step-*")), launchers[0])
         lost = workers(launchers[1])
         assert len(lost) == len(workers(launchers[0])) == 2
         os.kill(launchers[1].pid, signal.SIGKILL)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """``seconds`` that all blocks under :meth:`waiting` took; ``what`` the one that failed did."""
+    """``seconds`` that all blocks under :meth:`waiting` took; ``what`` the innermost that failed did."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -19,9 +19,16 @@ class Clock:
         """Count the block, which does ``what``."""
         started = time.perf_counter()
         try:
-            yield
-        except RuntimeError:
-            self.what = what
-            raise
+            with self.within(what):
+                yield
         finally:
             self.seconds += time.perf_counter() - started
+
+    @contextmanager
+    def within(self, what: str) -> Iterator[None]:
+        """A block that computes too: named where it fails, not counted."""
+        try:
+            yield
+        except RuntimeError:
+            self.what = self.what or what
+            raise

@@ -90,7 +90,8 @@ class LanguageModelling:
         batches = [batch.to(trainer.device) for batch in batches]
         losses = []
         if trainer.pipeline is not None:
-            losses.append(trainer.pipeline.accumulate(batches, share, mtp_weight))
+            with trainer.world.clock.within("between the stages of the pipeline"):
+                losses.append(trainer.pipeline.accumulate(batches, share, mtp_weight))
         for batch in batches if trainer.pipeline is None else ():
             loss, parts = language_loss(trainer.model, batch, length, share, mtp_weight, self.teacher)
             loss.backward()
