@@ -5,8 +5,10 @@ Exit codes: 0 success, 1 failure, 2 bad input (one clear line, never a traceback
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -63,10 +65,30 @@ app.add_typer(tasks.app, name="tasks")
 app.add_typer(doctor.app)
 
 
+UsageError: Any = typer.BadParameter.__base__  # click's; its module is not typer's public face
+
+
+def usage(error: Any, words: list[str]) -> str:
+    """One line for words that a verb does not take: what was given, what is wrong with it, where to look.
+
+    ``words``: the command line. An option's value is named as a recipe's is, ``--max-tokens (-3): ...``.
+    """
+    given = dict(itertools.pairwise(words))
+    names = error.param.opts if type(error) is typer.BadParameter and error.param else ()
+    said = [f"{name} ({given[name]}): {error.message}" for name in names if name in given]
+    return f"{(said or [error.format_message()])[0].rstrip('.')}; see {error.ctx.command_path} --help"
+
+
 def main() -> None:
     """Run the command line; the console script's entry point."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            print(f"dsv3: {usage(error, sys.argv)}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except UserError as error:
         rank = os.environ.get("RANK")  # of several processes that torchrun started
         if rank in (None, "0") or not error.shared:

@@ -20,9 +20,6 @@ def measure(options: Options) -> Measured:
     """The baseline, which has a module, against none for as many tokens and for as many FLOPs."""
     found = training.gathered(training.trained((BASE, WITHOUT, LONGER), options), options)
     tokens, flops = (training.changes(found, BASE, name) for name in (WITHOUT, LONGER))
-    faster = float(
-        np.median(found[WITHOUT]["tokens_per_second"]) / np.median(found[BASE]["tokens_per_second"])
-    )
     more = found[LONGER]["steps"] / found[WITHOUT]["steps"]
     return Measured(
         f"with MTP {spread(tokens)} bits per byte at equal tokens, {spread(flops)} at equal FLOPs",
@@ -36,7 +33,7 @@ def measure(options: Options) -> Measured:
             )
             for name, row in found.items()
         ]
-        + [(f"FLOPs a token without: 1 / {more:.2f}; measured tokens a second: {faster:.2f}", "", "", "")],
+        + [(f"FLOPs a token without: 1 / {more:.2f}", "", "", "")],
         {"variations": found},
         training.size(options),
     )  # fmt: skip

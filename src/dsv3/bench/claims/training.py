@@ -124,7 +124,6 @@ def gathered(runs: Sequence[Run], options: Options) -> dict[str, dict[str, Any]]
             "bits_per_byte": paired.held_out(run),
             "max_violation": float(violation[-max(1, len(violation) // 4) :].mean()),
             "max_violation_last": float(violation[-max(1, len(violation) // 30) :].mean()),
-            "tokens_per_second": float(np.quantile([line["tokens_per_second"] for line in lines], 0.9)),
             "violation_series": violation[: len(violation) // 10 * 10].reshape(-1, 10).mean(axis=1).tolist(),
         }
         for key, value in values.items():
