@@ -139,15 +139,27 @@ def test_gains_are_read_from_the_whole_way(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError):
         post.measure(options(tmp_path))
     accuracy = {
-        "a": {"pretrain": [0, 0], "sft": [0.1, 0.1], "again": [0.3, 0.3], "grpo": [0.2, 0.9]},
-        "b": {"pretrain": [0, 0], "sft": [0.2, 0.2], "again": [0.4, 0.42], "grpo": [0.9, 0.4]},
+        "a": {
+            "pretrain": [0, 0],
+            "sft": [0.0, 0.1],
+            "control": [0.1, 0.1],
+            "again": [0.3, 0.3],
+            "grpo": [0.2, 0.9],
+        },
+        "b": {
+            "pretrain": [0, 0],
+            "sft": [0.0, 0.2],
+            "control": [0.2, 0.2],
+            "again": [0.4, 0.42],
+            "grpo": [0.9, 0.4],
+        },
     }
     watched = {name: [[4.0] * 5 + [6.0] * 5] * 2 for name in WATCHED}
     made = {"accuracy": accuracy, "watched": watched, "questions": {"a": 9, "b": 9}, "seeds": [0, 1]}
     monkeypatch.setattr(post, "recipes", SimpleNamespace(load=lambda *_: None))
     monkeypatch.setattr(post, "gather", lambda recipe: made)
     found = post.measure(options(tmp_path))
-    assert found.verdict == f"distillation: {OPEN}, its answers are not told from its steps; GRPO: {OPEN}"
+    assert found.verdict == f"distillation: {HOLDS}; GRPO: {OPEN}"
     assert "distillation +20.5 ± 6.4 points" in found.figure and "of 4.0 tokens" in found.figure
     post.draw(found.data, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").is_file()
