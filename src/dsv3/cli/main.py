@@ -5,8 +5,10 @@ Exit codes: 0 success, 1 failure, 2 bad input (one clear line, never a traceback
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import re
 import sys
 from typing import Any
 
@@ -33,10 +35,12 @@ from dsv3.cli import (
     tasks,
     tokenizer,
 )
-from dsv3.common.errors import UserError
+from dsv3.cli.group import Verbs
+from dsv3.common.errors import Failure, UserError
 
 app = typer.Typer(
     name="dsv3",
+    cls=Verbs,
     help="A DeepSeek-V3 model through its whole life.",
     no_args_is_help=True,
     add_completion=True,
@@ -65,30 +69,53 @@ app.add_typer(tasks.app, name="tasks")
 app.add_typer(doctor.app)
 
 
+# What the system says of a path that somebody named; any other error of its kind is ours.
+UNWRITABLE = {
+    errno.EACCES, errno.EISDIR, errno.ENOENT, errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS
+}  # fmt: skip
+
 UsageError: Any = typer.BadParameter.__base__  # click's; its module is not typer's public face
 
 
 def usage(error: Any, words: list[str]) -> str:
     """One line for words that a verb does not take: what was given, what is wrong with it, where to look.
 
-    ``words``: the command line. An option's value is named as a recipe's is, ``--max-tokens (-3): ...``.
+    ``words``: the command line. An option's value is named as a recipe's is: ``--max-tokens (-3): ...``.
     """
-    given = dict(itertools.pairwise(words))
+    given = dict(itertools.pairwise(part for word in words for part in word.split("=", 1)))
     names = error.param.opts if type(error) is typer.BadParameter and error.param else ()
-    said = [f"{name} ({given[name]}): {error.message}" for name in names if name in given]
-    return f"{(said or [error.format_message()])[0].rstrip('.')}; see {error.ctx.command_path} --help"
+    named = [f"{name} ({given[name]}): {error.message}" for name in names if name in given]
+    return f"{(named or [error.format_message()])[0]} (see {error.ctx.command_path} --help)"
 
 
-def main() -> None:
-    """Run the command line; the console script's entry point."""
+def run() -> None:
+    """Run the verb that the command line names; what a person did wrong becomes a :class:`UserError`."""
     try:
-        sys.exit(app(standalone_mode=False))
+        sys.exit(app(standalone_mode=False, prog_name="dsv3"))
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
-        else:
-            print(f"dsv3: {usage(error, sys.argv)}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+            sys.exit(error.exit_code)
+        raise UserError(usage(error, sys.argv)) from None
+    except (MemoryError, RuntimeError) as error:  # torch has a type of its own for a GPU's memory alone
+        wanted = re.search(r"allocate ([\d.]+ (?:bytes|\w?iB))", str(error))
+        if not isinstance(error, MemoryError) and not (wanted and "memory" in str(error)):
+            raise
+        size = f" ({wanted[1]} more were wanted)" if wanted else ""
+        raise Failure(
+            f"out of memory{size}: a smaller model, batch or length takes less; see dsv3 doctor"
+        ) from None
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        raise Failure(f"{where}{error.strerror}; choose a path that you may write to") from None
+
+
+def main() -> None:
+    """Run the command line and turn errors into exit codes; the console script's entry point."""
+    try:
+        run()
     except UserError as error:
         rank = os.environ.get("RANK")  # of several processes that torchrun started
         if rank in (None, "0") or not error.shared:

@@ -8,7 +8,9 @@ from typing import Any
 
 import typer
 
-app = typer.Typer(help="The verifiable tasks of post-training.", no_args_is_help=True)
+from dsv3.cli.group import Verbs
+
+app = typer.Typer(cls=Verbs, help="The verifiable tasks of post-training.", no_args_is_help=True)
 
 
 @app.callback()

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from dsv3.cli.group import Verbs
 from dsv3.cli.recipe_help import OVERRIDES, command
 
 if TYPE_CHECKING:
     from dsv3.config.recipe import Recipe
 
-app = typer.Typer(help="Train a tokenizer.", no_args_is_help=True)
+app = typer.Typer(cls=Verbs, help="Train a tokenizer.", no_args_is_help=True)
 
 
 def _recipe() -> type[Recipe]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(help="Measure beside named peers in the same run.", no_args_is_help=True)
+from dsv3.cli.group import Verbs
+
+app = typer.Typer(cls=Verbs, help="Measure beside named peers in the same run.", no_args_is_help=True)
 
 
 @app.callback()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(help="Count before you start: parameters, memory, cost, fleets.", no_args_is_help=True)
+from dsv3.cli.group import Verbs
+
+app = typer.Typer(
+    cls=Verbs, help="Count before you start: parameters, memory, cost, fleets.", no_args_is_help=True
+)
 
 
 @app.callback()
