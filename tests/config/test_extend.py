@@ -85,6 +85,7 @@ def test_what_is_dumped_reads_back(start: str, tmp_path: Path) -> None:
     [
         ({"start": None}, "start is required"),
         ({"phases": []}, "phases"),
+        ({"phases": 3}, r"phases \(3\) must be a list"),
         ({"model": {"max_position_embeddings": 163840}}, "model.rope_scaling is required"),
         ({"model": {"rope_scaling": {"factor": 40}}}, r"sequence_length \(8192\) exceeds"),
         ({"optimiser": {}}, r"phases.0: unknown key optimiser \(did you mean optimizer"),

@@ -63,8 +63,10 @@ class ExtendRecipe(Recipe):
     def expand(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """Every phase with all its keys: the common ones, its own, where it starts and where it writes."""
         phases = tree.get("phases")
+        if phases is None:
+            raise UserError("phases is required: a list, each entry the keys that this phase changes")
         if not isinstance(phases, list) or not all(isinstance(phase, dict) for phase in phases):
-            return tree
+            raise UserError(f"phases ({phases}) must be a list, each entry the keys that this phase changes")
         out = str(tree.get("out", cls.model_fields["out"].default))
         common = {key: value for key, value in tree.items() if key not in ("out", "phases")}
         whole: list[dict[str, Any]] = []

@@ -103,8 +103,13 @@ class Tokenizer:
         """Load a ``tokenizer.json`` or a folder with one; :class:`UserError` if it cannot be read."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give a folder with a tokenizer.json, as a model's has")
         if not file.is_file():
-            raise UserError(f"tokenizer {file} does not exist: train one with dsv3 tokenizer train")
+            raise UserError(
+                f"{path} holds no tokenizer.json: copy the tokenizer's files there from where the model was "
+                "made, or train one with dsv3 tokenizer train"
+            )
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception for anything wrong in the file

@@ -32,6 +32,8 @@ def read(tokenizer: Tokenizer, source: Path, length: int, sequences: int) -> dic
             loader = TokenLoader([(shards, 1.0)], length)
             found[name] = loader.batch(0, min(sequences, loader.samples[0])).tokens_BT
         return found
+    if not source.exists():
+        raise UserError(f"--data ({source}) does not exist; give prepared data, or a text file")
     try:
         text = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
