@@ -29,7 +29,7 @@ LONG = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("serve") / "tiny-model"
+    folder = tmp_path_factory.mktemp("serve") / "quick" / "model"
     tokenizer = train(["some words to learn from and to say again"] * 9, 330)
     package.save(tiny_model(vocab_size=tokenizer.vocab_size, num_nextn_predict_layers=1), folder)
     tokenizer.save(folder)
@@ -86,6 +86,7 @@ def test_a_stream_finishes_after_sigterm(folder: Path) -> None:
 
 def test_a_stream_is_cut_when_its_time_is_over(folder: Path) -> None:
     with running(folder, "--drain-seconds", "0") as (process, url):
+        assert httpx2.get(f"{url}/v1/models").json()["data"][0]["id"] == "quick"  # the run's name
         with httpx2.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as stream:
             lines = stream.iter_lines()
             next(lines)

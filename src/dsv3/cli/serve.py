@@ -17,7 +17,7 @@ def serve(
     host: str = typer.Option("127.0.0.1", "--host", help="address to listen on; 0.0.0.0: the whole network"),
     port: int = typer.Option(8000, "--port", min=0, max=65535, help="0: any that is free"),
     model_name: str = typer.Option(
-        None, "--model-name", help="what clients call it; default: the folder's name"
+        None, "--model-name", help="what clients call it; default: the folder's name, of RUN/model the run's"
     ),
     quantize: str = typer.Option(None, "--quantize", help="keep the weights as: fp8, int8 or int4"),
     dtype: str = typer.Option(None, "--dtype", help="compute in float32 or bfloat16; default: as stored"),
@@ -61,8 +61,10 @@ def serve(
     levels = ("debug", "info", "warning", "error")
     if log_level not in levels:
         raise UserError(f"--log-level ({log_level!r}) must be one of {', '.join(levels)}")
+    whole = folder.resolve()
+    name = whole.parent.name if whole.name == "model" else whole.name
     settings = Settings(
-        model_name=model_name or folder.resolve().name, api_keys=read_keys(api_key_file), max_queue=max_queue,
+        model_name=model_name or name, api_keys=read_keys(api_key_file), max_queue=max_queue,
         max_body=max_body, request_seconds=request_seconds, drain_seconds=drain_seconds,
         cors_origins=cors_origin,
     )  # fmt: skip

@@ -78,7 +78,8 @@ class Metrics(Callback):
         self.tracker = open_tracker(recipe.log.report_to, self.run)
         extent = trainer.objective.extent
         unit = "tok" if extent.unit == "tokens" else "sequences"
-        self.run.progress = Progress(recipe.stage, extent.total, unit, done=trainer.seen)
+        seen = min(trainer.seen, extent.total)  # the last step may go past the end
+        self.run.progress = Progress(recipe.stage, extent.total, unit, done=seen)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """One record, one move of the bar."""
@@ -93,7 +94,7 @@ class Metrics(Callback):
                 self.tracker({**numbers, "max_violation_worst": worst}, trainer.state.step)
         if self.run.progress is not None:
             self.run.progress.note(f"loss {record['loss']:.3f}  lr {record['lr']:.1e}")
-            seen = min(trainer.seen, trainer.objective.extent.total)  # the last step may go past the end
+            seen = min(trainer.seen, trainer.objective.extent.total)
             self.run.progress.advance(max(0, seen - self.run.progress.done))
 
     def on_end(self, trainer: Trainer) -> None:
