@@ -129,7 +129,7 @@ def test_pipeline_drawn_and_in_numbers(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in done.stdout
     found = json.loads(in_process(*arguments, "--json").stdout)
     assert [row["time_bubble"] for row in found["schedules"]] == [9, 2]
-    assert found["unit"] == "ms" and found["picture"] is None
+    assert found["unit"] == "forwards" and found["picture"] is None
 
 
 @pytest.mark.parametrize(

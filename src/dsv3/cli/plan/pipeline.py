@@ -31,7 +31,7 @@ def pipeline(
     ),
     communication: float = typer.Option(0.0, "--communication", help="Delay from rank to rank, in --unit."),
     stages_per_rank: int = typer.Option(2, "--stages-per-rank", help="Stages a rank v, for interleaved."),
-    unit: str = typer.Option("ms", "--unit", help="Unit of the times, for the picture."),
+    unit: str = typer.Option("forwards", "--unit", help="What the times are in, e.g. ms."),
     out: Path = typer.Option(None, "--out", help="Draw the schedules into this PNG."),
     as_json: bool = JSON,
 ) -> None:

@@ -100,11 +100,19 @@ def _loads(steps: list[dict[str, Any]], layer: str) -> np.ndarray:
     return (summed / summed.mean(axis=1, keepdims=True)).T
 
 
+def _names(steps: list[dict[str, Any]], layers: list[str]) -> dict[str, str]:
+    """What a picture calls each layer; those of the MTP modules follow the main model's."""
+    modules = len(steps[-1].get("mtp_loss", ()))
+    main = len(layers) - modules
+    return {layer: f"layer {layer}" + " (MTP)" * (i >= main) for i, layer in enumerate(layers)}
+
+
 def draw_expert_load(steps: list[dict[str, Any]], path: Path, most: int = 6) -> None:
     """Heat map of every expert's load over time, a panel a layer (evenly chosen if there are many)."""
     layers = sorted(steps[-1]["expert_load"], key=int)
     if not layers:
         return
+    names = _names(steps, layers)
     chosen = [layers[i] for i in sorted(set(np.linspace(0, len(layers) - 1, most).round().astype(int)))]
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -120,7 +128,7 @@ def draw_expert_load(steps: list[dict[str, Any]], path: Path, most: int = 6) -> 
             extent=(0, last, -0.5, len(load) - 0.5),
         )  # fmt: skip
         axis.grid(False)
-        axis.set(title=f"layer {layer}", xlabel="tokens", ylabel="expert")
+        axis.set(title=names[layer], xlabel="tokens", ylabel="expert")
     figure.colorbar(image, ax=axes, label="load / mean load", shrink=0.8)
     figure.savefig(path)
 
@@ -130,13 +138,14 @@ def draw_max_violation(steps: list[dict[str, Any]], path: Path) -> None:
     layers = sorted(steps[-1]["max_violation"], key=int)
     if not layers:
         return
+    names = _names(steps, layers)
     figure, axes = blank(1, 1, 6.5, 3.6)
     axis = axes[0, 0]
     width = max(1, len(steps) // 50)
     for layer in layers:
         kept = [line for line in steps if layer in line["max_violation"]]
         values = np.array([line["max_violation"][layer] for line in kept], float)
-        axis.plot(_column(kept, "tokens"), _smooth(values, width), label=f"layer {layer}", linewidth=1.2)
+        axis.plot(_column(kept, "tokens"), _smooth(values, width), label=names[layer], linewidth=1.2)
     axis.set(xlabel="tokens", ylabel="MaxVio (busiest expert / mean - 1)")
     axis.set_ylim(bottom=0)
     if len(layers) <= 12:
