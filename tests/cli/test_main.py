@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -89,3 +90,16 @@ def test_other_failures_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(command, "app", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         command.main()
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "extend", "sft", "distill", "reward", "grpo"])
+def test_a_recipes_mistake_is_told_at_once(verb: str) -> None:
+    """Importing torch takes seconds: a recipe is read first."""
+    told = (
+        "import sys; from dsv3.cli.main import run; from dsv3.common.errors import UserError\n"
+        f"sys.argv = ['dsv3', '{verb}', 'none.yaml']\n"
+        "try: run()\n"
+        "except UserError as error: print(error, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
+    assert done.stdout.startswith("recipe none.yaml does not exist") and done.stdout.endswith("False\n")

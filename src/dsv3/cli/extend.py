@@ -34,11 +34,12 @@ def extend(
     from dsv3.common.errors import UserError
     from dsv3.config.extend import ExtendRecipe
     from dsv3.config.recipe import load
-    from dsv3.train.extend import extend as run
 
     if resume not in (None, "auto"):
         raise UserError(f"--resume ({resume}) must be auto: the phases find their own checkpoints")
     read = load(ExtendRecipe, recipe, ctx.args)
+    from dsv3.train.extend import extend as run  # torch: only for a recipe that is whole
+
     last = run(read, resume is not None)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
         return

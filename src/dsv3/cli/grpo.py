@@ -32,7 +32,8 @@ def grpo(
     """Reinforce a model on verifiable tasks or your own rewards. Ctrl-C or SIGTERM saves and stops."""
     from dsv3.config.grpo import GRPORecipe
     from dsv3.config.recipe import load
-    from dsv3.train.grpo.run import grpo as run
 
     read = load(GRPORecipe, recipe, ctx.args)
+    from dsv3.train.grpo.run import grpo as run  # torch: only for a recipe that is whole
+
     say_end(read, run(read, resume) is not None, f"dsv3 chat {read.out}/model")

@@ -32,9 +32,10 @@ def pretrain(
     """Pre-train a model by a recipe. Ctrl-C or SIGTERM saves a checkpoint and stops."""
     from dsv3.config.recipe import load
     from dsv3.config.train import PretrainRecipe
-    from dsv3.train.pretrain import pretrain as run
 
     read = load(PretrainRecipe, recipe, ctx.args)
+    from dsv3.train.pretrain import pretrain as run  # torch: only for a recipe that is whole
+
     say_end(read, run(read, resume) is not None, f"dsv3 generate {read.out}/model --prompt 'def main('")
 
 

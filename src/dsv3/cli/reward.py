@@ -33,9 +33,10 @@ def reward(
     """Train a reward model with a scalar head on pairs of a better and a worse answer."""
     from dsv3.config.recipe import load
     from dsv3.config.reward import RewardRecipe
-    from dsv3.train.reward import reward as run
 
     read = load(RewardRecipe, recipe, ctx.args)
+    from dsv3.train.reward import reward as run  # torch: only for a recipe that is whole
+
     finished = run(read, resume) is not None
     grpo = f"dsv3 grpo recipes/grpo-tiny.yaml --rewards '[{{function: model:{read.out}/model}}]'"
     say_end(read, finished, grpo)
