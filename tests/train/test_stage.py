@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import dsv3
+from dsv3.checkpoint.convert import convert
 from dsv3.common.errors import UserError
 from dsv3.config import recipe as recipes
 from dsv3.config.model import ModelConfig
@@ -49,6 +50,14 @@ def test_a_start_that_does_not_fit_is_refused_before_anything_is_written(make_re
     assert not Path(recipe.out).exists()
     with pytest.raises(UserError, match="does not exist"):
         recipes.validate(PretrainRecipe, {**tree, "start": str(folder / "nowhere")})
+
+
+def test_a_start_in_integers_is_refused(make_recipe, folder: Path, tmp_path: Path) -> None:
+    convert(folder, tmp_path / "int8", "int8")
+    with pytest.raises(UserError, match=r"start \(.*int8\) is int8, which cannot be trained"):
+        pretrain(
+            recipes.validate(PretrainRecipe, tree_of(make_recipe(), start=str(tmp_path / "int8"), model={}))
+        )
 
 
 def test_schedules_in_tokens_need_a_length_known_beforehand(make_recipe) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from dsv3.checkpoint import distributed
 from dsv3.checkpoint import run as checkpoints
-from dsv3.checkpoint.hf import save
+from dsv3.checkpoint.hf import save, stored_integers
 from dsv3.checkpoint.weights import Weights as Files
 from dsv3.common.errors import UserError
 from dsv3.common.files import TEMPORARY
@@ -73,6 +73,11 @@ def make_model(recipe: TrainRecipe, device: torch.device, world: World | None = 
 def check_start(recipe: TrainRecipe) -> None:
     """Refuse a ``start`` whose tensors are not the model's, from its files' headers."""
     if recipe.start is not None:
+        if packed := stored_integers(Path(recipe.start)):
+            raise UserError(
+                f"start ({recipe.start}) is int{packed.bits}, which cannot be trained; "
+                "give the folder that it was made from"
+            )
         with torch.device("meta"):
             model = DeepSeekV3(recipe.model)
         with Files(recipe.start) as weights:
@@ -93,12 +98,15 @@ def check_shares(recipe: TrainRecipe, extent: Extent, world: World) -> None:
             f"sequence_length ({recipe.sequence_length}) must be a multiple of {chunks}, twice "
             f"parallel.context; try {-(-recipe.sequence_length // chunks) * chunks}"
         )
+    least = micro  # of its halves, the smallest that can be shared
+    while least % 2 == 0 and least // 2 % ranks == 0:
+        least //= 2
     schedules, seen = Schedules(recipe, extent), 0
     while seen < extent.total and (sequences := schedules.sequences(seen)) < micro:  # where a ramp begins
         if sequences % ranks:
             raise UserError(
-                f"schedule.batch begins with {sequences} sequences a step, which {ranks} data ranks cannot "
-                f"share; let it begin with {ranks} or more"
+                f"schedule.batch has steps of {sequences} sequences, which {ranks} data ranks cannot share; "
+                f"let it begin with {least} or more"
             )
         seen += sequences * extent.each
 
