@@ -53,8 +53,16 @@ def test_micro_batches_that_ranks_cannot_share(tmp_path: Path) -> None:
     ramp = [{"until": 0, "to": 0.0625}, {"until": 0.5, "to": 1, "shape": "linear"}, {"until": 1, "to": 1}]
     small = recipe(tmp_path, schedule={"batch": ramp})
     check_shares(small, extent, World())
-    with pytest.raises(UserError, match="begins with 1 sequences a step, which 4 data ranks cannot share"):
+    with pytest.raises(UserError, match=r"steps of 1 sequences, which 4 data ranks .* begin with 4 or more"):
         check_shares(small, extent, World(Layout(1, 1, 4, 1)))
+
+
+def test_the_tiny_recipe_is_for_many_too() -> None:
+    """Its ramp begins below a micro batch: every batch on the way can be shared."""
+    tiny = recipes.load(PretrainRecipe, "recipes/pretrain-tiny.yaml")
+    extent = Extent("tokens", int(tiny.total_tokens), tiny.sequence_length)
+    for ranks in (2, 4, 8):
+        check_shares(tiny, extent, World(Layout(1, 1, ranks, 1)))
 
 
 def test_a_stage_of_one_process_refuses_to_be_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

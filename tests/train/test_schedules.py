@@ -60,6 +60,13 @@ def test_batch_ramp_of_the_report(real: Schedules, tokens: float, sequences: int
     assert real.sequences(tokens) == sequences
 
 
+def test_a_ramp_within_a_micro_batch_goes_by_halves() -> None:
+    """8 of 16, then 16: batches that 2, 4 or 8 ranks share."""
+    schedules = schedules_of("recipes/pretrain-tiny.yaml")
+    end = 0.1 * schedules.extent.total
+    assert [schedules.sequences(share * end) for share in (0, 0.5, 0.99, 1, 5)] == [8, 8, 8, 16, 16]
+
+
 def test_gamma_and_lambda_of_the_report(real: Schedules) -> None:
     assert [real.gamma(x * T) for x in (0, 14.29, 14.31, 14.79)] == [0.001, 0.001, 0, 0]
     assert [real.mtp_weight(x * T) for x in (0, 9.99)] == [0.3, 0.3]

@@ -51,10 +51,15 @@ class Schedules:
         return factor(segments, seen / self.unit)
 
     def sequences(self, seen: float) -> int:
-        """Sequences of the step: whole micro batches, or less than one where the ramp begins."""
-        micro = self.recipe.batch.micro_sequences
+        """Sequences of the step: whole micro batches; a half of one, a quarter ... where the ramp begins.
+
+        So whoever shares a micro batch evenly shares the smaller ones too, down to a sequence a rank.
+        """
+        part = self.recipe.batch.micro_sequences
         wanted = int(self.recipe.batch.sequences * self._at(self.recipe.schedule.batch, seen) + 1e-9)
-        return max(1, wanted) if wanted < micro else wanted // micro * micro
+        while part > max(1, wanted):
+            part //= 2
+        return max(1, wanted // part * part)
 
     def learning_rate(self, seen: float) -> float:
         """Learning rate of the step: during warm-up that of the step's end, so that the first is not zero."""
