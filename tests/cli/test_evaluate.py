@@ -47,7 +47,7 @@ def test_a_table_and_json(folder: Path) -> None:
 
 def test_bad_input_is_one_line_and_exit_code_2(folder: Path) -> None:
     for words, said in (
-        (("--data", folder.parent / "none.txt"), "is no prepared data and no text"),
+        (("--data", folder.parent / "none.txt"), "none.txt) does not exist"),
         (("--data", folder.parent / "text.txt", "--length", 16, "--quantize", "int2"), "'int2'"),
         ((), "give --data"),
         (("--tasks", "smus"), "did you mean sums"),
