@@ -70,7 +70,7 @@ def test_one_rank_says_what_all_know(
         raise Left(code)
 
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(command, "app", fail)
+    monkeypatch.setattr(command, "run", fail)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(Left, match=str(error.exit_code)):
         command.main()

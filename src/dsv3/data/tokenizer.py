@@ -104,7 +104,7 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         if not path.exists():
-            raise UserError(f"{path} does not exist; give a folder with a tokenizer.json, as a model's has")
+            raise UserError(f"model or tokenizer {path} does not exist; give a folder with a tokenizer.json")
         if not file.is_file():
             raise UserError(
                 f"{path} holds no tokenizer.json: copy the tokenizer's files there from where the model was "
