@@ -22,6 +22,7 @@ from dsv3.config.model import ModelConfig
 from dsv3.config.parallel import ParallelSection
 from dsv3.data.loader import Batch
 from dsv3.model import DeepSeekV3
+from dsv3.ops.squares import sums_of_squares
 from dsv3.parallel import context, experts
 from dsv3.parallel.clock import Clock
 from dsv3.parallel.collectives import all_gather
@@ -186,11 +187,9 @@ class World:
     def norm(self, pieces: Iterable[Piece]) -> float:
         """The norm of everybody's gradients; what several ranks have is counted once."""
         counted = [(p.local.grad, p.copies) for p in pieces if p.local.grad is not None]
-        norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in counted]))
-        if self.meshes is None:
-            return float(norms.norm())
-        copies = torch.tensor([copies for _, copies in counted], device=norms.device)
-        return float(self.add((norms.double().square() / copies).sum()).sqrt())
+        squares = sums_of_squares([gradient for gradient, _ in counted])
+        copies = torch.tensor([copies for _, copies in counted], device=squares.device)
+        return float(self.add((squares / copies).sum()).sqrt())
 
     @property
     def device(self) -> torch.device:
