@@ -20,13 +20,25 @@ from collections.abc import Iterable, Iterator
 
 from dsv3.config.data import NeedlesConfig
 
-# Few of both: with 246 keys and 90 values a tiny model mostly went on copying any value of its context for as
-# long as it was trained, and did not look at the key (docs/long-context.md).
-KEYS = (
-    "anchor", "bridge", "candle", "dragon", "engine", "falcon", "garden", "hammer",
-    "island", "jacket", "kettle", "lantern", "mirror", "needle", "orchard", "pepper",
-)  # fmt: skip
-VALUES = range(11, 100, 6)  # two digits, one token each
+_NOUNS = """
+anchor apple arrow badge bakery balloon banjo barrel basket beacon bell bench bicycle blanket bottle
+bridge broom brush bucket button cabin cable camera candle canoe carpet castle cellar chain chalk chimney
+circle clock coat coin compass copper cotton cradle crane cricket crown cup curtain desk diamond dome door
+dragon drawer drum eagle easel engine envelope falcon feather fence ferry fiddle flag flute forest fork
+fountain fridge garden garlic gate glacier glove goblet grape guitar hammer harbour harp hat helmet honey
+hook horizon igloo ink island ivory jacket jar jewel jungle kettle key kite knife ladder lamp lantern
+laptop leaf lemon lens letter lever lily lion lock magnet mango map marble mask meadow melon mirror mitten
+moon moss motor mountain mug muffin nail napkin needle nest net noodle notebook nutmeg oak oar oasis ocean
+olive onion orange orchard otter oven paddle palace panda parcel parrot peach pebble pencil pepper piano
+pigeon pillow pine pipe pistol planet plate plough pocket pond poppy potato prism puzzle pyramid quill
+quilt rabbit radio raft rail rain ribbon ring river robin rocket roof rope ruby saddle salmon satin saucer
+scarf scissors shell shelf ship shoe shovel silk silver siren slipper snail soap sofa spade spider sponge
+spoon squirrel stable stamp statue stove straw sugar summit swan sword table teapot temple tent thimble
+thread throne ticket tiger torch towel tower tractor trumpet tulip tunnel turtle umbrella valley vase
+velvet village violet violin wagon wallet walnut watch whale wheel whistle willow window yarn zebra
+"""
+KEYS = tuple(_NOUNS.split())
+VALUES = range(10, 100)
 _END = re.compile(r"[.!?:;]['\"”’)\]]?(?=\s)")  # a line is put behind such a place
 
 
