@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 
+import dsv3
 from dsv3.cli import main as command
 
 
@@ -103,3 +104,7 @@ def test_a_recipes_mistake_is_told_at_once(verb: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True)
     assert done.stdout.startswith("recipe none.yaml does not exist") and done.stdout.endswith("False\n")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(capsys, monkeypatch, "--version") == (0, f"dsv3 {dsv3.__version__}\n")

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from dsv3 import __version__
 from dsv3.bench.machine import machine
 from dsv3.common.errors import UserError
 from dsv3.evaluate.sandbox.run import strongest
@@ -169,7 +170,7 @@ def report(found: dict[str, Any], human: Callable[[float], str]) -> str:
         f"memory {human(about['memory_bytes'])}B, {human(about['memory_free_bytes'])}B free;"
         f" disk {human(about['disk_free_bytes'])}B free; compiled kernels {human(about['cache_bytes'])}B in"
         f" {about['cache']}",
-        f"{about['system']}, Python {about['python']}, torch {about['torch']}",
+        f"dsv3 {__version__}, {about['system']}, Python {about['python']}, torch {about['torch']}",
     ]
     for gpu in about["gpus"]:
         lines.append(

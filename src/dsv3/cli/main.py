@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from dsv3 import __version__
 from dsv3.cli import (
     bench,
     chat,
@@ -41,7 +42,6 @@ from dsv3.common.errors import Failure, UserError
 app = typer.Typer(
     name="dsv3",
     cls=Verbs,
-    help="A DeepSeek-V3 model through its whole life.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -67,6 +67,22 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(doctor.app)
+
+
+def say_version(wanted: bool) -> None:
+    """What --version does."""
+    if wanted:
+        typer.echo(f"dsv3 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def dsv3(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=say_version, help="Print the version and exit."
+    ),
+) -> None:
+    """A DeepSeek-V3 model through its whole life."""
 
 
 # What the system says of a path that somebody named; any other error of its kind is ours.
