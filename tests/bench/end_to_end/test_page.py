@@ -47,9 +47,9 @@ def test_what_rises_and_what_does_not(tmp_path: Path) -> None:
     text = page(tmp_path, found(up=up, down=down))
     assert "rises at every stage on 1 of 2 tasks (`up`)" in text
     assert "What did not rise: `down` from SFT to distillation (-5.0)." in text
-    assert "gains most on `up`: +50.0 points. GRPO alone" in text
+    assert "gains most on `up`: +50.0 points.\nGRPO alone" in text
     assert "began with: +30.0 on `up`, +35.0 on `down`." in text
-    assert "SFT alone: +25.0 on `up`, -25.0 on `down`." in text  # the control is no stage of the way
+    assert "SFT alone:\n+25.0 on `up`, -25.0 on `down`." in text  # the control is no stage of the way
     cells = "15.0 (10.0 - 20.0) | 10.0 (10.0 - 10.0) | 35.0 (30.0 - 40.0) | 65.0 (50.0 - 80.0)"
     assert f"| `up` | 7 | 0.0 | {cells} |" in text
     assert "| SFT | 64 solved examples a task, answers without steps | 3 | 5K | 1.2 |" in text

@@ -127,9 +127,11 @@ def _verdict(found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"From SFT to GRPO it gains most on `{best}`: {gains[best]:+.1f} points"
         + ("" if gains[best] >= POINTS else f", less than the {POINTS} looked for")
-        + f". GRPO alone, from the model it began with: {_points(alone)}. Distillation, beside as many steps"
-        f" on the examples of SFT alone: {_points(_gains(accuracy, 'control', 'again'))}."
+        + "."
     )
+    yield f"GRPO alone, from the model it began with: {_points(alone)}."
+    beside = _points(_gains(accuracy, "control", "again"))
+    yield f"Distillation, beside as many steps on the examples of SFT alone:\n{beside}."
     yield (
         f"What did not rise: {'; '.join(flat)}."
         if flat
