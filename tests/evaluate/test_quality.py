@@ -69,7 +69,7 @@ def test_a_packed_head_says_the_same_as_its_logits() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"source": "nothing.txt"}, r"--data \(.*nothing\.txt\) is no prepared data"),
+        ({"source": "nothing.txt"}, r"--data \(.*nothing\.txt\) does not exist; give prepared data"),
         ({"source": "model/model.safetensors"}, "no text in UTF-8"),
         ({"length": 10_000}, r"has \d+ tokens; --length \(10000\) must be less"),
         ({"formats": ["int3"]}, r"quantize \('int3'\) is unknown"),
