@@ -191,7 +191,7 @@ def test_killed_and_continued(tmp_path: Path, tokenizer: Tokenizer, stage: str) 
 
 
 def test_ctrl_c_ends_at_once_and_quietly(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_documents(tmp_path / "a", 20000, words=400)  # seconds of work after the first bucket
+    write_documents(tmp_path / "a", 6000, words=400)
     tokenizer.save(tmp_path / "tok")
     command = [sys.executable, "-m", "dsv3", "data", "prepare", str(tmp_path / "recipe.yaml")]
     tree = {
