@@ -14,7 +14,7 @@ from dsv3.common.errors import Failure
 def ask_the_server(model: Path, question: str, max_tokens: int) -> dict[str, Any]:
     """Start a server on ``model``, ask it ``question`` greedily, stop it; raises :class:`Failure`."""
     messages = [{"role": "user", "content": question}]
-    body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens, "model": model.resolve().name}
+    body = {"messages": messages, "temperature": 0, "max_tokens": max_tokens}
     with Server(model) as server:
         connection = server.target.connect()
         try:
