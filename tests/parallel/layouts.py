@@ -29,7 +29,7 @@ FP8 = {"precision": "fp8"}
 DOCUMENTS = {"data": {"mask_documents": True}}
 LAYOUTS: dict[str, Case] = {
     "data 2": Case(2, {}, short=True),
-    "copies 2": Case(2, {"data_replicate": 2}),
+    "copies 2": Case(2, {"data_replicate": 2}, short=True),
     "data 2, zero 3": Case(2, {"zero": 3}),
     "expert 2": Case(2, {"expert": 2}, short=True),
     "expert 2, zero 3": Case(2, {"expert": 2, "zero": 3}, short=True),
