@@ -24,7 +24,9 @@ def run(
 
 def test_list_and_show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(monkeypatch, capsys, "list")
-    assert code == 0 and {"sums", "countdown", "instructions", "doctests"} <= set(out.split())
+    told = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert code == 0 and {"countdown", "instructions", "doctests"} <= set(told)
+    assert told["sums"].startswith("Chains of additions")
     code, out, _ = run(monkeypatch, capsys, "show", "sums", "--difficulty", "3", "--count", "2")
     assert code == 0 and out.count("What is") == 2 and out.count("-- score 1\n<think>") == 2
     code, out, _ = run(monkeypatch, capsys, "show", "gcd", "--answer", "\\boxed{0}", "--count", "1", "--json")

@@ -10,7 +10,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from dsv3.common.errors import UserError
-from dsv3.config.recipe import Recipe, dump, keys, load, parse_overrides, parse_value, validate
+from dsv3.config.data import DataRecipe, ManifestConfig
+from dsv3.config.recipe import VERBS, Recipe, dump, keys, load, parse_overrides, parse_value, validate
 
 
 class Optimizer(Recipe):
@@ -117,6 +118,19 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not valid YAML"):
         load(Run, tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_recipe_of_another_verb_is_told(verb: str) -> None:
+    """One of each verb's own: no other's recipe class takes it, and it is told whose it is."""
+    shipped = {
+        "data prepare": "data-tiny", "data fetch": "manifest-kjv", "extend": "extend-tiny",
+        "bench end-to-end": "pipeline-tiny",
+    }  # fmt: skip
+    path = Path("recipes") / f"{shipped.get(verb, f'{verb}-tiny')}.yaml"
+    other = DataRecipe if verb != "data prepare" else ManifestConfig
+    with pytest.raises(UserError, match=rf"{path} is a recipe of another verb: dsv3 {verb} {path}"):
+        load(other, path)
 
 
 def test_no_code_is_run_from_yaml(tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ def draw(runs: list[Run], path: Path) -> None:
         axis.plot(steps, mean, label=label, color=color, linewidth=width)
         if len(gaps) > 1:
             for gap in gaps:
-                axis.plot(steps, gap[:shortest], color=color, linewidth=0.5, alpha=0.4)
+                thin = axis.plot(steps, gap[:shortest], color=color, linewidth=0.5, alpha=0.4)
+            thin[0].set_label("each seed of it")
     axis.set_xlabel("step")
     axis.set_ylabel(f"loss above FP32's, % (means of {SMOOTH} steps)")
     axis.grid(True, color="0.9", linewidth=0.6)

@@ -20,11 +20,13 @@ def group() -> None:
 
 @app.command("list")
 def show_names(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """Every task, one a line; those under gym/ come with the extra rl."""
-    from dsv3.evaluate.tasks import names
+    """Every task and what it asks for, one a line; those under gym/ come with the extra rl."""
+    from dsv3.evaluate.tasks import describe, names
 
-    found = names()
-    typer.echo(json.dumps(found) if as_json else "\n".join(found))
+    found = {name: describe(name) for name in names()}
+    width = max(map(len, found))
+    lines = [f"{name:<{width}}  {text}" for name, text in found.items()]
+    typer.echo(json.dumps(found) if as_json else "\n".join(lines))
 
 
 @app.command()

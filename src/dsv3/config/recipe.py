@@ -6,6 +6,7 @@ refused with the nearest known one; every refusal is a :class:`UserError` naming
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Mapping
@@ -53,6 +54,19 @@ class Recipe(BaseModel):
 
 
 R = TypeVar("R", bound=Recipe)
+
+# Whose recipes are whose, to tell a recipe that was given to another verb; looked at for nothing else.
+VERBS = {
+    "data prepare": "data:DataRecipe",
+    "data fetch": "data:ManifestConfig",
+    "pretrain": "train:PretrainRecipe",
+    "extend": "extend:ExtendRecipe",
+    "sft": "sft:SFTRecipe",
+    "distill": "distill:DistillRecipe",
+    "reward": "reward:RewardRecipe",
+    "grpo": "grpo:GRPORecipe",
+    "bench end-to-end": "end_to_end:EndToEndRecipe",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -199,9 +213,35 @@ def load(cls: type[R], path: str | Path, overrides: list[str] | None = None) -> 
         tree = {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of keys, not a {type(tree).__name__}")
+    if not _knows(cls, tree) and (verb := _verb_of(tree)):
+        raise UserError(f"{path} is a recipe of another verb: dsv3 {verb} {path}")
     for key, value in parse_overrides(overrides or []).items():
         merge(tree, key, value)
     return validate(cls, tree)
+
+
+def _knows(cls: type[BaseModel], tree: dict[str, Any]) -> bool:
+    """Whether a recipe class knows every key of ``tree``; one that takes any is known by what it requires."""
+    shorthand = getattr(cls, "shorthand", {})
+    if "..." in shorthand:
+        return all(key in tree for key, info in cls.model_fields.items() if info.is_required())
+    for key, value in tree.items():
+        if key not in cls.model_fields and key not in shorthand:
+            return False
+        section = _section(cls, key) if key in cls.model_fields else None
+        if section is not None and isinstance(value, dict) and not _knows(section, value):
+            return False
+    return True
+
+
+def _verb_of(tree: dict[str, Any]) -> str | None:
+    """The one verb whose recipes know every key of ``tree``, if there is one."""
+    known = []
+    for verb, place in VERBS.items():
+        module, _, name = place.partition(":")
+        if _knows(getattr(importlib.import_module(f"dsv3.config.{module}"), name), tree):
+            known.append(verb)
+    return known[0] if len(known) == 1 else None
 
 
 def dump(recipe: BaseModel) -> str:

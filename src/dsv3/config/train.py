@@ -255,7 +255,7 @@ class PretrainRecipe(TrainRecipe):
 
     out: str = Field("runs/pretrain", description="run folder")
     data: DataSection = Field(DataSection(), description="the data")
-    total_tokens: int = Field(gt=0, description="tokens to train on")
+    total_tokens: int = Field(gt=0, le=10**15, description="tokens to train on")
     validation: ValidationSection = Field(ValidationSection(), description="validation")
     samples: SamplesSection = Field(SamplesSection(), description="samples")
     mlperf: MLPerfSection = Field(MLPerfSection(), description="the log by MLPerf's rules")

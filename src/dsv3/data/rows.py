@@ -58,7 +58,9 @@ def find(paths: Sequence[str]) -> list[Path]:
                 raise UserError(f"{entry} holds no file ending in {', '.join(ENDINGS)}")
             found += inside
         elif not path.is_file():
-            raise UserError(f"{entry} does not exist")
+            raise UserError(
+                f"{entry} does not exist; name a file ending in {', '.join(ENDINGS)}, or a folder of them"
+            )
         elif not path.name.endswith(ENDINGS):
             raise UserError(f"{entry} must end in {', '.join(ENDINGS)}, or be a folder of datasets")
         else:

@@ -2,7 +2,8 @@
 
 A cell of the grid is a length and a depth. Its prompts are held-out text of exactly that many tokens with one
 needle in it at that depth, ``distractors`` needles with other keys anywhere, and the question at the end
-(:mod:`dsv3.data.needles`). The answer is right if the number it begins with is the needle's.
+(:mod:`dsv3.data.needles`). The answer is right if the number it begins with is the needle's, which no
+distractor has. Where the haystack is prepared data with needles, keys and values are those it teaches.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,14 @@ from dsv3.checkpoint.hf import load, read_config
 from dsv3.common.errors import UserError
 from dsv3.common.files import write_json
 from dsv3.common.progress import Progress
-from dsv3.data.needles import KEYS, VALUES, needle, question
+from dsv3.data.needles import KEYS, VALUES, needle, question, taught
 from dsv3.data.shards import open_split
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.data.writable import writable
 from dsv3.serve.llm import LLM
 from dsv3.serve.params import SamplingParams
 
-FORMAT = "dsv3-needle/1"
+FORMAT = "dsv3-needle/2"
 SENTENCE_END = (b".", b"!", b"?", b":", b";")
 
 
@@ -49,8 +51,6 @@ class Grid:
                 raise UserError(f"{name} ({', '.join(map(str, values))}) must be one or more, each once")
         if not all(0 <= depth <= 1 for depth in self.depths):
             raise UserError(f"depths ({self.depths}) must lie from 0, the front, to 1, the end")
-        if not 0 <= self.distractors < len(KEYS):
-            raise UserError(f"distractors ({self.distractors}) must be from 0 to {len(KEYS) - 1}")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,17 @@ class Trial:
 
 
 class Haystack:
-    """Text as a model's tokens, and after which of them a sentence ends."""
+    """Text as a model's tokens, after which of them a sentence ends, and what to hide in it."""
 
-    def __init__(self, text: str, tokenizer: Tokenizer, name: str):
-        self.tokenizer, self.name = tokenizer, name
+    def __init__(
+        self,
+        text: str,
+        tokenizer: Tokenizer,
+        name: str,
+        keys: Sequence[str] = KEYS,
+        values: Sequence[int] = VALUES,
+    ):
+        self.tokenizer, self.name, self.keys, self.values = tokenizer, name, keys, values
         self.tokens = tokenizer.encode(text)
         if not self.tokens:
             raise UserError(f"haystack ({name}) holds no text; give prepared data, or a text file")
@@ -90,7 +97,8 @@ class Haystack:
         if name not in names:
             raise UserError(f"--source ({name}) is not held out in {path}; there are {', '.join(names)}")
         lines = (path / "valid" / name / "text.jsonl").read_text(encoding="utf-8").splitlines()
-        return cls("\n".join(json.loads(line)["text"] for line in lines), tokenizer, f"{path.name}/{name}")
+        text = "\n".join(json.loads(line)["text"] for line in lines)
+        return cls(text, tokenizer, f"{path.name}/{name}", *taught(path))
 
     def text(self, length: int, draw: random.Random) -> list[int]:
         """So many tokens from a drawn place on, from the start again where the text ends."""
@@ -109,18 +117,23 @@ class Haystack:
 def trials(haystack: Haystack, grid: Grid, length: int, sample: int) -> list[Trial]:
     """A prompt for each depth, the deepest first: the next share what comes before their needles.
 
-    Text and distractors are the same at all depths; key and value of the needle are drawn for each.
+    Text and distractors are the same at all depths; the needle's value is drawn for each.
     """
     encode = haystack.tokenizer.encode
     draw = random.Random(f"{grid.seed}:{length}:{sample}")
-    keys = draw.sample(KEYS, grid.distractors + 1)
+    fewest = min(len(haystack.keys), len(haystack.values))
+    if not 0 <= grid.distractors < fewest:
+        raise UserError(f"distractors ({grid.distractors}) must be from 0 to {fewest - 1}")
+    keys = draw.sample(haystack.keys, grid.distractors + 1)
+    wrong = {key: draw.choice(haystack.values) for key in keys[1:]}
+    left = [value for value in haystack.values if value not in wrong.values()]
     hidden = {
-        depth: random.Random(f"{grid.seed}:{length}:{sample}:{depth}").choice(VALUES)
+        depth: random.Random(f"{grid.seed}:{length}:{sample}:{depth}").choice(left)
         for depth in sorted(grid.depths, reverse=True)
     }
-    others = [encode(" " + needle(key, draw.choice(VALUES))) for key in keys[1:]]
+    others = [encode(" " + needle(key, value)) for key, value in wrong.items()]
     asked = encode(" " + question(keys[0]))
-    size = max(len(encode(" " + needle(keys[0], value))) for value in VALUES)
+    size = max(len(encode(" " + needle(keys[0], value))) for value in left)
     room = length - len(asked) - size - sum(map(len, others))
     if room < 1:
         raise UserError(f"lengths ({length}) leave no room for text beside needles and question; use more")
@@ -162,7 +175,8 @@ def measure(
         trials(text, grid, length, 0)  # refuses what does not fit before any work
     about = {
         "format": FORMAT, "model": str(folder), "weights": _fingerprint(folder),
-        "haystack": text.name, "distractors": grid.distractors, "seed": grid.seed,
+        "haystack": text.name, "keys": len(text.keys), "values": len(text.values),
+        "distractors": grid.distractors, "seed": grid.seed,
     }  # fmt: skip
     cells = _found(out, about)
     have = {(c["length"], c["sample"], c["depth"]) for c in cells}
@@ -174,7 +188,7 @@ def measure(
     if todo:
         writable(out.parent, "--out")
         llm = _llm(folder, max(grid.lengths), **options)
-        budget = max(len(tokenizer.encode(f"{value}.")) for value in VALUES)
+        budget = max(len(tokenizer.encode(f"{value}.")) for value in text.values)
         params = SamplingParams(max_tokens=budget, temperature=0)
         total = sum(trial.length for group in todo for trial in group)
         with Progress("niah", total, "tok") as progress:

@@ -190,6 +190,9 @@ def test_bad_values_are_refused(api: Api, wish: dict[str, object], param: str | 
     assert raised.value.type == "invalid_request_error"
     if param:
         assert raised.value.param == param
+    value = next(iter(wish.values()))
+    if param and isinstance(value, float | int):
+        assert raised.value.message.startswith(f"{param} ({value}): ")
     api.idle()
 
 

@@ -16,7 +16,18 @@ from dsv3.evaluate.tasks.numbers import (
 )
 from dsv3.evaluate.tasks.words import Letters, Reversing
 
-__all__ = ["DIFFICULTIES", "GENERATORS", "SPLITS", "Example", "Solution", "Split", "Task", "get", "names"]
+__all__ = [
+    "DIFFICULTIES",
+    "GENERATORS",
+    "SPLITS",
+    "Example",
+    "Solution",
+    "Split",
+    "Task",
+    "describe",
+    "get",
+    "names",
+]
 
 GENERATORS: dict[str, type[Generator]] = {
     kind.name: kind
@@ -32,6 +43,15 @@ def names() -> list[str]:
     from dsv3.evaluate.tasks import gym
 
     return [*GENERATORS, "instructions", "doctests", *gym.names()]
+
+
+def describe(name: str) -> str:
+    """What a name of :func:`names` asks for, in a line."""
+    from dsv3.evaluate.tasks.doctests import Doctests
+    from dsv3.evaluate.tasks.instructions import Instructions
+
+    kind = {**GENERATORS, "instructions": Instructions, "doctests": Doctests}.get(name)
+    return "reasoning-gym's" if kind is None else str(kind.__doc__).partition("\n")[0].rstrip(".")
 
 
 def get(name: str, difficulty: int = 1, seed: int = 0) -> Task:

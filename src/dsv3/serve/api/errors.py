@@ -97,10 +97,13 @@ def refused(error: UserError) -> ApiError:
 
 
 def _named(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The first thing wrong with a request, its field and why, without quoting all that was sent."""
+    """The field of the first thing wrong with a request, and a line on it that quotes a short value only."""
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"] if part != "body")
-    return field, str(first["msg"]).removeprefix("Value error, ")
+    value = first.get("input")
+    said = f" ({value!r})" if isinstance(value, str | int | float) and len(repr(value)) <= 40 else ""
+    why = str(first["msg"]).removeprefix("Value error, ")
+    return field, f"{field}{said}: {why}" if field else why
 
 
 def install(app: FastAPI) -> None:
@@ -116,10 +119,10 @@ def install(app: FastAPI) -> None:
 
     async def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        field, why = _named(error.errors())
+        field, line = _named(error.errors())
         if error.errors()[0]["type"] == "json_invalid":
             return ApiError(400, "the body is not valid JSON").response()
-        return ApiError(422, f"{field}: {why}" if field else why, param=field or None).response()
+        return ApiError(422, line, param=field or None).response()
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
