@@ -1,9 +1,14 @@
-"""Documents with needles: every question's answer stands before it, and the text is still there."""
+"""Documents with needles: every question's answer stands before it, and the text is still there.
+
+Bare lists say a pair as often as a document with text would; prepared data says what it teaches.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,9 +18,10 @@ from hypothesis import strategies as st
 from dsv3.common.errors import UserError
 from dsv3.config.data import DataRecipe, NeedlesConfig, SourceConfig
 from dsv3.config.recipe import load, validate
-from dsv3.data.needles import KEYS, VALUES, answer, documents, needle, question, strew
+from dsv3.data.needles import KEYS, VALUES, answer, documents, listing, needle, question, strew, taught
 from dsv3.data.sources import Skipped, plan, read
 
+PAIR = re.compile(r"([a-z]+)(\d+) \1\2\.")
 NEEDLE = re.compile(r" ?Remember: ([a-z]+)(\d+) \1\2\.")
 QUESTION = re.compile(r" ?Recall: ([a-z]+)(\d+) \1\2\.")
 TEXT = "And it was so. The evening came; then the morning! Was it day? It was.\n\nThe second day came. " * 20
@@ -32,12 +38,48 @@ def test_keys_differ_and_are_plain_words() -> None:
     assert all(re.fullmatch("[a-z]+", key) for key in KEYS)
 
 
+def test_there_are_as_many_as_the_recipe_says() -> None:
+    """The recipe is checked on a floor that cannot see the lists."""
+    whole = NeedlesConfig()
+    assert (whole.keys, whole.values) == (len(KEYS), len(VALUES))
+    for key, value in {"keys": 247, "values": 91}.items():
+        for wrong in (0, value):
+            with pytest.raises(UserError, match=f"needles.{key}"):
+                validate(SourceConfig, {"name": "a", "stdlib": True, "needles": {key: wrong}})
+
+
+@given(st.integers(0, 2**32), st.integers(1, 246), st.integers(1, 90), st.booleans())
+def test_needles_are_of_the_first_keys_and_values(seed: int, keys: int, values: int, bare: bool) -> None:
+    options = NeedlesConfig(every=20, keys=keys, values=values, bare=bare, shortest=300, longest=900)
+    pairs = [pair for document in documents([TEXT], options, str(seed)) for pair in PAIR.findall(document)]
+    assert {key for key, _ in pairs} <= set(KEYS[:keys])
+    assert {int(value) for _, value in pairs} <= set(VALUES[:values])
+    assert len(pairs) >= 4
+
+
+def test_few_keys_are_all_used() -> None:
+    options = NeedlesConfig(every=12, keys=4, values=3)
+    pairs = PAIR.findall(" ".join(strew(TEXT, options, random.Random(seed)) for seed in range(20)))
+    assert {key for key, _ in pairs} == set(KEYS[:4])
+    assert {int(value) for _, value in pairs} == set(VALUES[:3])
+
+
+@given(st.integers(0, 2**32), st.integers(5, 400), st.integers(1, 4))
+def test_a_list_says_each_pair_as_often_and_nothing_else(seed: int, length: int, asks: int) -> None:
+    options = NeedlesConfig(every=12, asks=asks, keys=16, bare=True)
+    document = listing(TEXT[:length], options, random.Random(seed))
+    assert re.fullmatch(r"(?: ?[a-z]+\d+ [a-z]+\d+\.)+", document)
+    said = Counter(PAIR.findall(document))
+    assert set(said.values()) == {1 + asks}
+    assert len({key for key, _ in said}) == len(said) == min(16, max(1, length // 12))
+
+
 @given(st.integers(0, 2**32), st.integers(20, 2000), st.integers(0, len(TEXT)), st.integers(1, 4))
 def test_each_question_follows_its_needle_and_the_text_remains(
     seed: int, every: int, length: int, asks: int
 ) -> None:
     text = TEXT[:length].strip()
-    document = strew(text, every, random.Random(seed), asks)
+    document = strew(text, NeedlesConfig(every=every, asks=asks), random.Random(seed))
     asked = list(QUESTION.finditer(document))
     without = QUESTION.sub("", document)
     hidden = {match[1]: int(match[2]) for match in NEEDLE.finditer(without)}
@@ -71,6 +113,18 @@ def test_a_source_with_needles(tmp_path: Path) -> None:
     assert len({document.origin for document in found}) == len(found)
 
 
+def test_prepared_data_says_what_it_teaches(tmp_path: Path) -> None:
+    def write(*needles: dict[str, int] | None) -> None:
+        sources = [{"name": "a", "needles": options} for options in needles]
+        (tmp_path / "manifest.json").write_text(json.dumps({"recipe": {"sources": sources}}))
+
+    write({"keys": 16, "values": 20}, None, {"keys": 12, "values": 30})
+    assert taught(tmp_path) == (KEYS[:16], range(10, 40))
+    for nothing_drawn in ([None], [{"every": 40}]):  # text as it is; data from before keys could be chosen
+        write(*nothing_drawn)
+        assert taught(tmp_path) == (KEYS, VALUES)
+
+
 def test_lengths_the_wrong_way_round_are_refused() -> None:
     with pytest.raises(UserError, match=r"needles.shortest \(500\) exceeds needles.longest \(90\)"):
         validate(SourceConfig, {"name": "a", "stdlib": True, "needles": {"longest": 90}})
@@ -90,7 +144,9 @@ def recipe_documents() -> dict[str, list[str]]:
 
 def test_recipes_hold_what_is_to_be_learnt(recipe_documents: dict[str, list[str]]) -> None:
     """A look-up among several, from next to no text to longer than the last phase's windows."""
-    assert set(recipe_documents) == {"short", "several", "long"}
+    assert set(recipe_documents) == {"lists", "short", "several", "long"}
+    lists = recipe_documents.pop("lists")
+    assert sum(len(set(PAIR.findall(document))) > 1 for document in lists) > 0.9 * len(lists)
     for made in recipe_documents.values():
         for document in made:
             told: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,10 @@ import pytest
 
 import dsv3
 from dsv3.common.errors import UserError
-from dsv3.data.needles import KEYS, needle, question, strew
+from dsv3.config.data import DataRecipe, NeedlesConfig
+from dsv3.config.recipe import validate
+from dsv3.data.needles import KEYS, VALUES, needle, question, strew
+from dsv3.data.prepare import prepare
 from dsv3.data.tokenizer import Tokenizer, train
 from dsv3.evaluate import needle as needles
 from dsv3.evaluate.needle import Grid, Haystack, is_right, measure, scores, trials
@@ -32,7 +36,7 @@ GRID = Grid((128, 160), (0.0, 0.5, 1.0), samples=2)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a tokenizer that knows some of the needles' words."""
     folder = tmp_path_factory.mktemp("niah") / "model"
-    tokenizer = train([strew(TEXT, 60, random.Random(0))], 400)
+    tokenizer = train([strew(TEXT, NeedlesConfig(every=60), random.Random(0))], 400)
     dsv3.save(tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=80), folder)
     tokenizer.save(folder)
     (folder.parent / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -76,6 +80,38 @@ def test_a_prompt_is_as_long_as_said_and_hides_one_needle_at_its_depth(haystack:
             before = len(haystack.tokenizer.encode(front)) / length
             assert trial.depth - 0.05 - 40 / length < before <= trial.depth
             assert not front or front[-1] in ".!?:;"
+
+
+def test_no_distractor_has_the_key_or_the_value_asked_for(haystack: Haystack) -> None:
+    """With few values, copying any needle's would be right too often otherwise."""
+    few = Haystack(TEXT, haystack.tokenizer, "text.txt", KEYS[:4], range(10, 14))
+    decode, keys, values = haystack.tokenizer.decode, set(), set()
+    for sample in range(20):
+        for trial in trials(few, GRID, 160, sample):
+            told = re.findall(r"Remember: ([a-z]+)(\d+) \1\2\.", decode(trial.prompt))
+            assert len(told) == 4 and {key for key, _ in told} == set(KEYS[:4])
+            assert [key for key, value in told if int(value) == trial.value] == [trial.key]
+            keys.add(trial.key)
+            values.add(trial.value)
+    assert (keys, values) == (set(KEYS[:4]), {10, 11, 12, 13})
+
+
+def test_prepared_data_is_asked_for_what_it_teaches(haystack: Haystack, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(TEXT * 8, encoding="utf-8")
+    source = {"name": "book", "paths": [str(tmp_path / "book.txt")], "max_document_chars": 256}
+    needles = {"shortest": 60, "longest": 90, "keys": 5, "values": 7}
+    tree = {
+        "out": str(tmp_path / "data"),
+        "sources": [source, {**source, "name": "with", "needles": needles}],
+        "tokenizer": {"vocab_size": 300},
+        "valid_fraction": 0.3,
+        "workers": 1,
+    }
+    prepare(validate(DataRecipe, tree))
+    opened = Haystack.open(tmp_path / "data", haystack.tokenizer)
+    assert (opened.name, opened.keys, opened.values) == ("data/book", KEYS[:5], range(10, 17))
+    plain = Haystack.open(tmp_path / "book.txt", haystack.tokenizer)
+    assert (plain.keys, plain.values) == (KEYS, VALUES)
 
 
 def test_trials_do_not_depend_on_which_depths_are_asked(haystack: Haystack) -> None:
@@ -180,7 +216,8 @@ def test_bad_input_is_refused(folder: Path, haystack: Haystack, tmp_path: Path) 
     for grid, said in (
         (lambda: Grid((), (0.5,)), "lengths"),
         (lambda: Grid((128,), (1.5,)), "depths"),
-        (lambda: Grid((128,), (0.5,), distractors=len(KEYS)), "distractors"),
+        (lambda: trials(haystack, Grid((128,), (0.5,), distractors=90), 128, 0), "from 0 to 89"),
+        (lambda: trials(haystack, Grid((128,), (0.5,), distractors=-1), 128, 0), "distractors"),
     ):
         with pytest.raises(UserError, match=said):
             grid()

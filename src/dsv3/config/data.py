@@ -32,6 +32,13 @@ class NeedlesConfig(Recipe):
     every: int = Field(100, gt=0, description="characters of text a needle")
     asks: int = Field(1, gt=0, description="questions on each needle, behind it")
     passes: int = Field(1, gt=0, description="times the text is read, with other needles each time")
+    keys: int = Field(246, ge=1, le=246, description="nouns that keys are drawn from, from the first on")
+    values: int = Field(90, ge=1, le=90, description="numbers that values are drawn from, from 10 on")
+    bare: bool = Field(
+        False,
+        description="leave out the text and all words but keys and values: a document is a list of as many"
+        " needles as its text would hold, each said once and once more for each question, in any order",
+    )
 
     @model_validator(mode="after")
     def _order(self) -> NeedlesConfig:

@@ -13,10 +13,12 @@ same key and repeat that. Said once, a look-up needs two heads, neither of which
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from dsv3.config.data import NeedlesConfig
 
@@ -57,18 +59,24 @@ def answer(key: str, value: int) -> str:
     return f"{key}{value} {key}{value}."
 
 
-def strew(text: str, every: int, draw: random.Random, asks: int = 1) -> str:
-    """``text`` with a needle for each ``every`` characters, each asked for ``asks`` times somewhere after it.
+def told(text: str, options: NeedlesConfig, draw: random.Random) -> dict[str, int]:
+    """Keys and their values: a needle for each ``every`` characters of ``text``, at least one.
 
-    Needles and questions stand behind sentences, drawn evenly; no key has two needles, so a document has at
-    most as many as there are keys.
+    No key has two needles, so there are at most as many as keys to draw from.
+    """
+    count = min(options.keys, max(1, len(text) // options.every))
+    return {key: draw.choice(VALUES[: options.values]) for key in draw.sample(KEYS[: options.keys], count)}
+
+
+def strew(text: str, options: NeedlesConfig, draw: random.Random) -> str:
+    """``text`` with needles in it, each asked for ``asks`` times somewhere after it.
+
+    Needles and questions stand behind sentences, drawn evenly.
     """
     places = [0, *(match.end() for match in _END.finditer(text)), len(text)]
-    count = min(len(KEYS), max(1, len(text) // every))
     lines: list[tuple[int, float, str]] = []  # place, order of lines at one place, line
-    for key in draw.sample(KEYS, count):
-        value = draw.choice(VALUES)
-        first, *others = sorted(draw.choices(places, k=1 + asks))
+    for key, value in told(text, options, draw).items():
+        first, *others = sorted(draw.choices(places, k=1 + options.asks))
         lines.append((first, -draw.random(), needle(key, value)))  # before any question at that place
         lines += [(place, draw.random(), question(answer(key, value))) for place in others]
     pieces, done = [], 0
@@ -78,8 +86,16 @@ def strew(text: str, every: int, draw: random.Random, asks: int = 1) -> str:
     return "".join([*pieces, text[done:]]).removeprefix(" ")
 
 
+def listing(text: str, options: NeedlesConfig, draw: random.Random) -> str:
+    """The needles that ``text`` would hold and nothing else, each ``1 + asks`` times, in any order."""
+    lines = [answer(key, value) for key, value in told(text, options, draw).items()] * (1 + options.asks)
+    draw.shuffle(lines)
+    return " ".join(lines)
+
+
 def documents(texts: Iterable[str], options: NeedlesConfig, origin: str) -> Iterator[str]:
     """Texts cut into documents of drawn lengths, with needles; ``origin`` fixes what is drawn."""
+    write = listing if options.bare else strew
     for number, text in enumerate(texts):
         for again in range(options.passes):
             draw = random.Random(f"{origin}#{number}:{again}")
@@ -88,5 +104,17 @@ def documents(texts: Iterable[str], options: NeedlesConfig, origin: str) -> Iter
                 low, high = math.log(options.shortest), math.log(options.longest)
                 stop = text.find(" ", start + round(math.exp(draw.uniform(low, high))))
                 stop = len(text) if stop < 0 else stop
-                yield strew(text[start:stop].strip(), options.every, draw, options.asks)
+                yield write(text[start:stop].strip(), options, draw)
                 start = stop
+
+
+def taught(prepared: Path) -> tuple[tuple[str, ...], range]:
+    """The keys and values that a model can have learnt from prepared data: what its needles were drawn from.
+
+    All of them where no source of it has needles.
+    """
+    recipe = json.loads((prepared / "manifest.json").read_text(encoding="utf-8"))["recipe"]
+    found = [NeedlesConfig(**source["needles"]) for source in recipe["sources"] if source.get("needles")]
+    keys = max((options.keys for options in found), default=len(KEYS))
+    values = max((options.values for options in found), default=len(VALUES))
+    return KEYS[:keys], VALUES[:values]
