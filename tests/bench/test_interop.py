@@ -53,10 +53,10 @@ def test_transformers_does_as_we_do_and_is_seen_where_it_does_not(case: Case) ->
     case.answers[1].token_ids[5] += 1
     found = oracles.transformers(case)
     assert [(f.what, f.agrees) for f in found] == [
-        ("token ids", True), ("logits", True),
+        ("token ids", True), ("logits", True), ("logits, with YaRN", True),
         ("generate: greedy tokens", False), ("generate, use_mtp: greedy tokens", False),
     ]  # fmt: skip
-    assert found[2].figure == found[3].figure == "1 of 2 prompts the same"
+    assert found[3].figure == found[4].figure == "1 of 2 prompts the same"
 
 
 def test_prompts_are_held_out(case: Case, data: Path) -> None:

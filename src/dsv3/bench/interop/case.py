@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import dsv3
 from dsv3.common.errors import UserError
+from dsv3.common.files import write_json
 from dsv3.data.shards import open_split
 
 CHARACTERS, TOKENS = 160, 32  # of a prompt, of an answer
+LONG = 4 * CHARACTERS  # of a prompt of the extended model
+ORIGINAL, FACTOR = 64, 40  # tokens it is extended from, far fewer than such a prompt's, and how many times
+YARN = {  # llama.cpp takes the last two to be equal
+    "type": "yarn", "factor": FACTOR, "original_max_position_embeddings": ORIGINAL,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 1,
+}  # fmt: skip
 PROMPTS = 3  # a source
 
 
@@ -27,17 +35,31 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """``folder``: the model, in FP32. ``llama``: llama.cpp's folder. ``scratch``: to write to."""
+    """``folder``: the model, in FP32. ``llama``: llama.cpp's folder. ``scratch``: to write to.
+
+    ``characters``: of a prompt, at most.
+    """
 
     folder: Path
     texts: tuple[str, ...]
     llama: Path | None
     scratch: Path
+    characters: int = CHARACTERS
 
     @property
     def prompts(self) -> list[str]:
         """The beginnings of some of the texts."""
-        return [text[:CHARACTERS].rstrip() for text in self.texts]
+        return [text[: self.characters].rstrip() for text in self.texts]
+
+    @cached_property
+    def extended(self) -> Case:
+        """The same weights with YaRN in their config.json, and prompts beyond the original length."""
+        folder = self.scratch / "extended"
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config |= {"rope_scaling": YARN, "max_position_embeddings": FACTOR * ORIGINAL}
+        write_json(folder / "config.json", config)
+        return replace(self, folder=folder, characters=LONG)
 
     @cached_property
     def llm(self) -> Any:
@@ -60,8 +82,8 @@ def held_out_texts(data: Path) -> tuple[str, ...]:
             raise UserError(f"--data ({data}) keeps no held-out text of {name}: prepare it again")
         with open(path, encoding="utf-8") as file:
             texts = [json.loads(line)["text"] for line in file]
-        texts = [text for text in texts if len(text) >= 4 * CHARACTERS]
+        texts = [text for text in texts if len(text) >= LONG]
         found += texts[:PROMPTS]
     if not found:
-        raise UserError(f"--data ({data}) has no held-out document of {4 * CHARACTERS} characters")
+        raise UserError(f"--data ({data}) has no held-out document of {LONG} characters")
     return tuple(found)

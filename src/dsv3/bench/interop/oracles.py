@@ -18,6 +18,7 @@ from dsv3.bench.evaluate import agree
 from dsv3.bench.interop.case import TOKENS, Case, Finding
 from dsv3.bench.server import Server
 from dsv3.common.errors import Failure
+from dsv3.config.model import ModelConfig
 from dsv3.evaluate.benchmarks.base import Benchmark, Question
 
 LOGITS = 1e-4  # largest difference that is rounding
@@ -44,19 +45,16 @@ def transformers(case: Case) -> list[Finding]:
     ids = [case.llm.encode(prompt) for prompt in case.prompts]
     found = [_same("token ids", ids, [tokenizer(prompt).input_ids for prompt in case.prompts])]
 
-    ours = dsv3.load(case.folder, dtype=torch.float32).eval()
-    gap = 0.0
-    with torch.no_grad():
-        for row in ids:
-            tokens = torch.tensor([row])
-            gap = max(gap, float((ours(tokens).logits_BTV - theirs(tokens).logits).abs().max()))
-    found.append(Finding("logits", gap <= LOGITS, f"largest difference {gap:.1e}"))
+    for what, one in (("logits", case), ("logits, with YaRN", case.extended)):
+        gap = _largest_gap(one, AutoModelForCausalLM.from_pretrained(str(one.folder), dtype=torch.float32))
+        found.append(Finding(what, gap <= LOGITS, f"largest difference {gap:.1e}"))
 
     # It looks for MTP modules at layer 61 only, where the released model has them.
-    theirs._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{ours.config.num_hidden_layers}\..*"]
+    config = ModelConfig.from_pretrained(case.folder)
+    theirs._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{config.num_hidden_layers}\..*"]
     wanted = [answer.token_ids for answer in case.answers]
     ways: dict[str, dict[str, Any]] = {"generate": {}}
-    if ours.config.num_nextn_predict_layers:
+    if config.num_nextn_predict_layers:
         ways["generate, use_mtp"] = {"use_mtp": True}
     for what, words in ways.items():
         made = []
@@ -67,11 +65,24 @@ def transformers(case: Case) -> list[Finding]:
     return found
 
 
+@torch.no_grad()
+def _largest_gap(case: Case, theirs: Any) -> float:
+    """Between our logits and theirs, over the prompts."""
+    ours = dsv3.load(case.folder, dtype=torch.float32).eval()
+    rows = [torch.tensor([case.llm.encode(prompt)]) for prompt in case.prompts]
+    return max(float((ours(row).logits_BTV - theirs(row).logits).abs().max()) for row in rows)
+
+
 def llama(case: Case) -> list[Finding]:
+    """Greedy answers, of the model and of the extended one."""
+    return [_llama("greedy text", case), _llama("greedy text, with YaRN", case.extended)]
+
+
+def _llama(what: str, case: Case) -> Finding:
     """Greedy answers of its FP32 file, made by its own converter."""
     assert case.llama is not None
     program = llama_cpp.program(case.llama, "llama-completion")
-    file = case.scratch / "model-f32.gguf"
+    file = case.scratch / f"{case.folder.name}-f32.gguf"
     _run([sys.executable, "-c", _CONVERT, str(case.llama), str(case.folder),
           "--outtype", "f32", "--outfile", str(file)])  # fmt: skip
     # Some more tokens than ours: the last piece may be lost when it ends.
@@ -81,7 +92,7 @@ def llama(case: Case) -> list[Finding]:
         for prompt in case.prompts
     ]  # fmt: skip
     ours = [answer.text for answer in case.answers]
-    return [_same("greedy text", ours, [text[: len(a)] for a, text in zip(ours, made)])]
+    return _same(what, ours, [text[: len(a)] for a, text in zip(ours, made)])
 
 
 def lm_eval(case: Case) -> list[Finding]:

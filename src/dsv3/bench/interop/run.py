@@ -20,7 +20,7 @@ import torch
 import dsv3
 from dsv3.bench import llama_cpp
 from dsv3.bench.interop import oracles
-from dsv3.bench.interop.case import PROMPTS, TOKENS, Case, Finding, held_out_texts
+from dsv3.bench.interop.case import FACTOR, LONG, ORIGINAL, PROMPTS, TOKENS, Case, Finding, held_out_texts
 from dsv3.bench.machine import commit, machine, today
 from dsv3.checkpoint.hf import tokenizer_files
 from dsv3.common.errors import UserError
@@ -43,6 +43,10 @@ dsv3 bench interop --only trl                        # one of them again; the ot
 
 Prompts are the beginnings of {PROMPTS} held-out documents of each source; answers are {TOKENS} tokens,
 greedy, all in FP32. Questions for lm-eval are cut from the same documents: what follows here, or elsewhere.
+"With YaRN": the same weights, extended {FACTOR} times from {ORIGINAL} tokens in their config.json alone, and
+prompts of {LONG} characters. mscale and mscale_all_dim are equal there: llama.cpp reads the second only, and
+answers otherwise where they differ.
+
 transformers looks for MTP modules at layer 61 only, and is told where ours is; llama.cpp's converter knows
 tokenizers by a hash over their ids, and is told that ours cuts text as V3's does.
 
