@@ -27,6 +27,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", 
 LIBRARIES = {
     "triton": ("FP8 and fused kernels on a GPU", "pip install 'dsv3[gpu]'"),
     "deep_gemm": ("FP8 products on Hopper", "pip install sgl-deep-gemm, or build DeepGEMM; needs nvcc"),
+    "deep_ep": ("tokens to experts, a copy a rank (parallel.expert)", "build DeepEP; needs nvcc and NVLink"),
     "pyarrow": ("parquet and Arrow tables", "pip install 'dsv3[data]'"),
     "datasets": ("Hugging Face data sets", "pip install 'dsv3[data]'"),
     "zstandard": ("jsonl.zst", "pip install 'dsv3[data]'"),

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import GroupedLinear
-from dsv3.model.moe import MoE, Routing
+from dsv3.model.moe import Dispatcher, MoE, Routing
 from dsv3.ops.permute import expert_order, sum_rows, weighted_sum
+from dsv3.parallel import deep_ep
 from dsv3.parallel.clock import Clock
 from dsv3.parallel.layout import Meshes
+from dsv3.parallel.traffic import Traffic, node_of_experts
 from dsv3.parallel.wire import FP8, Cast, Wire
 
 
@@ -132,35 +134,6 @@ class Travelling:
     home: Trip | None = None
 
 
-class Traffic:
-    """Where tokens went since the last :meth:`take`: kept as tensors, nothing waits for them.
-
-    ``visits_X[n]``: tokens and layers whose experts lie on n nodes. ``away``: rows sent to another node.
-    ``copies``: what ``away`` would be with one copy a token and node, as the report's kernels send.
-    """
-
-    def __init__(self, node_E: Tensor, own_node: int):
-        self.node_E, self.own = node_E, own_node
-        self.nodes = int(node_E.max()) + 1
-        self.clear()
-
-    def clear(self) -> None:
-        """Begin anew."""
-        self.visits_X = torch.zeros(self.nodes + 1, dtype=torch.int64, device=self.node_E.device)
-        self.away = torch.zeros((), dtype=torch.int64, device=self.node_E.device)
-        self.copies = torch.zeros_like(self.away)
-
-    @torch.no_grad()
-    def count(self, indices_NK: Tensor) -> None:
-        """Add the tokens of one dispatch."""
-        node_NK = self.node_E[indices_NK]
-        seen_NX = torch.zeros(len(indices_NK), self.nodes, dtype=torch.bool, device=node_NK.device)
-        seen_NX.scatter_(1, node_NK, True)
-        self.visits_X += torch.bincount(seen_NX.sum(dim=1), minlength=self.nodes + 1)
-        self.away += (node_NK != self.own).sum()
-        self.copies += seen_NX.sum() - seen_NX[:, self.own].sum()
-
-
 class ExpertParallel:
     """A :class:`dsv3.model.moe.Dispatcher` between the ranks of a group, each with its ``E / P`` experts.
 
@@ -213,14 +186,6 @@ class ExpertParallel:
         return weighted_sum(_Arrive.apply(rows, handle.home), routing.gates_NK, *handle.order)
 
 
-def node_of_experts(experts: int, group: dist.ProcessGroup, node_size: int) -> Tensor:
-    """The node each expert lies on, numbered within the group: int64 ``[E]``."""
-    ranks = dist.get_process_group_ranks(group)
-    nodes = sorted({rank // node_size for rank in ranks})
-    place = torch.tensor([nodes.index(rank // node_size) for rank in ranks])
-    return place.repeat_interleave(experts // len(ranks))
-
-
 def row_bytes(width: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int]:
     """Bytes of a row of activations on its way to an expert, and of its result on the way back."""
     if fp8:
@@ -229,30 +194,52 @@ def row_bytes(width: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int]:
 
 
 def apply(
-    module: nn.Module, meshes: Meshes, node_size: int, fp8: bool = False, clock: Clock | None = None
+    module: nn.Module,
+    meshes: Meshes,
+    node_size: int,
+    fp8: bool = False,
+    clock: Clock | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Traffic]:
     """Deal the experts of every layer in ``module`` (a model, or a stage of one) to the expert ranks.
 
     Each rank keeps the slice of the stacked weights that is its own; FP8 versions of the experts are dealt
-    alike. ``node_size``: ranks a node; ``clock`` counts waiting. Returns the traffic of each layer by path.
+    alike. ``node_size``: ranks a node; ``clock`` counts waiting; ``dtype``: of activations. Returns the
+    traffic of each layer by path.
     """
     clock = clock or Clock()
-    found: dict[str, Traffic] = {}
     if meshes.layout.expert == 1:
-        return found
-    group, place = meshes.group("expert"), meshes.place("expert")
+        return {}
+    layers: dict[str, MoE] = {}
     for path, layer in module.named_modules():
         if not isinstance(layer, DecoderLayer) or not isinstance(layer.mlp, MoE):
             continue
-        if layer.mlp.gate.weight.is_meta:
-            continue  # another pipeline stage's
-        experts = layer.mlp.gate.weight.shape[0]
-        node_E = node_of_experts(experts, group, node_size).to(layer.mlp.gate.weight.device)
-        share = experts // meshes.layout.expert
-        for linear in layer.mlp.experts.modules():
+        if not layer.mlp.gate.weight.is_meta:  # else another pipeline stage's
+            layers[path] = layer.mlp
+    if not layers:
+        return {}
+    group, place = meshes.group("expert"), meshes.place("expert")
+    gate = next(iter(layers.values())).gate
+    (experts, width), device = gate.weight.shape, gate.weight.device
+    share = experts // meshes.layout.expert
+    node_E = node_of_experts(experts, group, node_size).to(device)
+    own_node = int(node_E[place * share])
+    why = deep_ep.missing(group, node_size, width, gate.chosen, dtype, fp8, device)
+    why = deep_ep.agreed(why, group, device)
+    buffer = deep_ep.make_buffer(group, width) if why is None else None
+    found: dict[str, Traffic] = {}
+    for path, moe in layers.items():
+        for linear in moe.experts.modules():
             if isinstance(linear, GroupedLinear):
                 own = linear.weight.detach()[place * share : (place + 1) * share]
                 linear.weight = nn.Parameter(own.clone())
-        found[path] = Traffic(node_E, int(node_E[place * share]))
-        layer.mlp.dispatcher = ExpertParallel(group, found[path], clock, fp8)
+        dispatcher: Dispatcher
+        if buffer is not None:
+            found[path] = Traffic(node_E, own_node, deep_ep.row_bytes(width, fp8), True, "DeepEP")
+            dispatcher = deep_ep.DeepEP(buffer, experts, found[path], clock, fp8)
+        else:
+            carrier = f"all_to_all_single (DeepEP not: {why})"
+            found[path] = Traffic(node_E, own_node, 2 * sum(row_bytes(width, dtype, fp8)), False, carrier)
+            dispatcher = ExpertParallel(group, found[path], clock, fp8)
+        moe.dispatcher = dispatcher
     return found

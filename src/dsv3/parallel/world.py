@@ -26,9 +26,9 @@ from dsv3.ops.squares import sums_of_squares
 from dsv3.parallel import context, experts
 from dsv3.parallel.clock import Clock
 from dsv3.parallel.collectives import all_gather
-from dsv3.parallel.experts import Traffic
 from dsv3.parallel.layout import Layout, Meshes, make_meshes, resolve
 from dsv3.parallel.pipeline import Pipeline
+from dsv3.parallel.traffic import Traffic
 from dsv3.parallel.weights import FSDP, Piece, Weights, ZeRO1
 
 GRACE_SECONDS = 5.0  # for the other ranks to say that they are still there, after a collective failed
@@ -116,7 +116,9 @@ class World:
         part: nn.Module = model if pipeline is None else pipeline.part
         if self.meshes.context is not None:
             context.apply(model, self.meshes.context, self.clock)
-        traffic = experts.apply(part, self.meshes, self.node_size, fp8, self.clock)
+        embedding = model.model.embed_tokens
+        dtype = embedding.compute_dtype or embedding.weight.dtype
+        traffic = experts.apply(part, self.meshes, self.node_size, fp8, self.clock, dtype)
         weights = (ZeRO1 if self.zero == 1 else FSDP)(part, self.meshes)
         for name in pipeline.repeated if pipeline is not None else ():
             assert pipeline is not None
@@ -204,7 +206,7 @@ class World:
 
     def lost(self, error: Exception) -> bool:
         """Whether an error is a collective's: somebody is gone or late."""
-        signs = ("gloo", "NCCL", "Timed out", "Connection", "connection")
+        signs = ("gloo", "NCCL", "DeepEP", "Timed out", "Connection", "connection")
         return self.meshes is not None and (
             isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
         )

@@ -18,7 +18,6 @@ from dsv3.common.files import TEMPORARY
 from dsv3.config.parallel import ParallelSection
 from dsv3.config.train import TrainRecipe
 from dsv3.model import DeepSeekV3
-from dsv3.parallel.experts import row_bytes
 from dsv3.parallel.weights import Weights
 from dsv3.parallel.world import World
 from dsv3.quant import fp8
@@ -171,11 +170,9 @@ def train_stage(
         *([Plots(run)] if world.is_first else []),
     ]  # fmt: skip
     pipeline = world.cut(model, recipe.sequence_length)
-    fp8_rows = recipe.precision == "fp8"
-    weights, traffic = world.spread(model, pipeline, fp8_rows)
+    weights, traffic = world.spread(model, pipeline, fp8=recipe.precision == "fp8")
     if world.size > 1:
-        kind = model.model.embed_tokens.compute_dtype or torch.float32
-        everyone.append(Ranks(run, traffic, row_bytes(model.config.hidden_size, kind, fp8_rows)))
+        everyone.append(Ranks(run, traffic))
     optimizer = build(weights, recipe.optimizer, recipe.precision)
     trainer = Trainer(recipe, model, objective, optimizer, everyone, world, weights, pipeline)
     if checkpoint is None and recipe.start is not None and world.size > 1:

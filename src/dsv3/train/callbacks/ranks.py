@@ -6,7 +6,7 @@ from statistics import median
 
 import torch
 
-from dsv3.parallel.experts import Traffic
+from dsv3.parallel.traffic import Traffic
 from dsv3.train.run import RunFolder
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
@@ -22,14 +22,15 @@ class Ranks(Callback):
     once, this sees the host's side only.
     """
 
-    def __init__(self, run: RunFolder, traffic: dict[str, Traffic], row_bytes: tuple[int, int]):
+    def __init__(self, run: RunFolder, traffic: dict[str, Traffic]):
         self.run, self.traffic = run, traffic
-        self.row_bytes = row_bytes  # of a row on its way to an expert, and of its result
         self.own = 0.0
         self.waited = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
-        """Count waiting from here on."""
+        """Count waiting from here on, and say what rows travel by."""
+        for carrier in sorted({traffic.carrier for traffic in self.traffic.values()}):
+            self.run.log(f"tokens travel to experts by {carrier}")
         self.waited = trainer.world.waited
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -57,20 +58,19 @@ class Ranks(Callback):
     def note_traffic(self, trainer: Trainer) -> None:
         """A line of metrics: nodes a token visits, and bytes between nodes."""
         world = trainer.world
-        counts = torch.zeros(3 + world.layout.expert)  # as long on a stage without experts
+        counts = torch.zeros(3 + world.layout.expert, dtype=torch.float64)  # also on a stage without experts
         for traffic in self.traffic.values():
-            found = torch.cat((traffic.away[None], traffic.copies[None], traffic.visits_X)).cpu()
+            between, least = traffic.bytes_between_nodes()
+            found = torch.cat((between[None], least[None], traffic.visits_X)).cpu()
             counts[: len(found)] += found
             traffic.clear()
-        away, copies, *nodes = (sum(column) for column in zip(*world.gather(counts.tolist())))
-        # Out with the rows and back with the results; the backward sends as much again, the other way round.
-        bytes_a_row = 2 * sum(self.row_bytes)
+        between, least, *nodes = (sum(column) for column in zip(*world.gather(counts.tolist())))
         self.run.metric(
             {
                 "step": trainer.state.step,
                 "nodes_a_token": sum(n * count for n, count in enumerate(nodes)) / max(1, sum(nodes)),
                 "nodes_a_token_most": max((n for n, count in enumerate(nodes) if count), default=0),
-                "bytes_between_nodes_a_step": away * bytes_a_row / WINDOW,
-                "bytes_with_one_copy_a_node": copies * bytes_a_row / WINDOW,
+                "bytes_between_nodes_a_step": between / WINDOW,
+                "bytes_with_one_copy_a_node": least / WINDOW,
             }
         )
