@@ -1,4 +1,4 @@
-"""Runs ``triton_numbers.py``: through Triton's interpreter here, on the GPU where there is one.
+"""Runs ``triton_numbers.py`` and its like: through Triton's interpreter here, on the GPU where there is one.
 
 Triton decides when it is imported whether it interprets: each gets a process of its own.
 """
@@ -18,11 +18,11 @@ triton = pytest.importorskip("triton")
 
 MINUTES = 15  # seconds of work, but on a machine with other work
 pytestmark = pytest.mark.timeout(MINUTES * 60 + 60)
-NUMBERS = Path(__file__).with_name("triton_numbers.py")
+NUMBERS = [Path(__file__).with_name(name) for name in ("triton_numbers.py", "triton_mla_numbers.py")]
 
 
 def run(interpret: str, marked: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", marked, str(NUMBERS)]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", marked, *NUMBERS]
     environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     done = subprocess.run(

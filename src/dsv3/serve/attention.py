@@ -27,6 +27,8 @@ from dsv3.model import DeepSeekV3
 from dsv3.model.attention import MLA, Context, Core
 from dsv3.model.layer import DecoderLayer
 from dsv3.model.linear import Linear
+from dsv3.ops.paged import Table
+from dsv3.serve.absorbed import attend, attend_rows, by_blocks, fold, softmax, unfold
 from dsv3.serve.cache import LatentCache
 
 BLOCK = 256  # queries at once in the expanded form: bounds the scores held to H x 256 x L
@@ -49,15 +51,16 @@ class Span:
 class Group:
     """Spans worked on together: rows ``begin`` to ``end`` of the flat batch.
 
-    ``keys``: the cache rows of the S x L keys. ``later_STL``: added to the scores, -inf where a query must
-    not look; None where every query may see every key.
+    ``keys``: the cache rows of the S x L keys, or a table of their blocks, where nothing is gathered.
+    ``later_STL``: added to the scores, -inf where a query must not look; None where every query may see every
+    key, or a table tells it.
     """
 
     begin: int
     end: int
     sequences: int
     absorbed: bool
-    keys: Tensor | slice
+    keys: Tensor | slice | Table
     later_STL: Tensor | None
 
 
@@ -82,6 +85,7 @@ def arrange(model: DeepSeekV3, cache: LatentCache, spans: Sequence[Span]) -> tup
     """The order in which the spans lie in the flat batch (as indices into ``spans``), and its context."""
     device = cache.rows.device
     attention = model.main_layers[0].self_attn
+    tables = by_blocks(cache)
     together: dict[tuple[bool, int, int], list[int]] = {}
     for number, span in enumerate(spans):
         new, keys = span.stop - span.start, span.stop - span.first
@@ -91,7 +95,11 @@ def arrange(model: DeepSeekV3, cache: LatentCache, spans: Sequence[Span]) -> tup
     for (absorbed, new, _), members in together.items():
         order += members
         end = begin + new * len(members)
-        groups.append(_group(begin, end, absorbed, [spans[number] for number in members], device))
+        own = [spans[number] for number in members]
+        if absorbed and tables:
+            groups.append(Group(begin, end, len(own), True, table_of(own, cache), None))
+        else:
+            groups.append(_group(begin, end, absorbed, own, device))
         begin = end
     pieces = [spans[number] for number in order]
     positions = np.concatenate([np.arange(s.start - s.first, s.stop - s.first) for s in pieces])
@@ -100,6 +108,13 @@ def arrange(model: DeepSeekV3, cache: LatentCache, spans: Sequence[Span]) -> tup
     return order, Pages(
         rotation, cache=cache, slots_N=torch.from_numpy(slots).to(device), groups=tuple(groups)
     )
+
+
+def table_of(spans: Sequence[Span], cache: LatentCache) -> Table:
+    """Where the keys of spans with the same first place lie."""
+    (first,) = {span.first for span in spans}
+    lengths = [span.stop - span.first for span in spans]
+    return Table.of([span.slots for span in spans], lengths, cache.block, first, cache.rows.device)
 
 
 def _group(begin: int, end: int, absorbed: bool, spans: list[Span], device: torch.device) -> Group:
@@ -124,12 +139,6 @@ def _group(begin: int, end: int, absorbed: bool, spans: list[Span], device: torc
     return Group(begin, end, len(spans), absorbed, keys, later)
 
 
-def _softmax(scores: Tensor, later: Tensor | None) -> Tensor:
-    """Weights in the scores' dtype; sums in FP32."""
-    exact = scores.float()
-    return (exact if later is None else exact.add_(later)).softmax(dim=-1).to(scores.dtype)
-
-
 def expanded(
     q_STHQ: Tensor, k_rope_SLR: Tensor, kv_SLHY: Tensor, scale: float, later_STL: Tensor | None
 ) -> Tensor:
@@ -146,28 +155,9 @@ def expanded(
         seen = keys - new + stop  # no query of this block sees more
         scores = q_SHTQ[:, :, start:stop] @ k_SHQL[..., :seen]
         later = None if later_STL is None else later_STL[:, None, start:stop, :seen]
-        weights = _softmax(scores, later)
+        weights = softmax(scores, later)
         out[:, start:stop] = (weights @ v_SHLV[:, :, :seen]).transpose(1, 2)
     return out.flatten(2)
-
-
-def absorbed(
-    q_MHQ: Tensor, rows_SLX: Tensor, kv_b_HYC: Tensor, scale: float, later_STL: Tensor | None, nope: int
-) -> Tensor:
-    """Attend to the latents themselves, ``kv_b`` folded into query and output: ``[M, H V]``, M = S T."""
-    queries, heads, _ = q_MHQ.shape
-    sequences, keys, width = rows_SLX.shape
-    latent = kv_b_HYC.shape[-1]
-    q_nope, q_rope = q_MHQ.split([nope, width - latent], dim=-1)
-    q_latent = torch.bmm(q_nope.transpose(0, 1), kv_b_HYC[:, :nope]).transpose(0, 1)
-    q_SYX = torch.cat((q_latent, q_rope), dim=-1).view(sequences, -1, width)
-    scores = torch.baddbmm(q_SYX.new_empty(1, 1, 1), q_SYX, rows_SLX.transpose(1, 2), beta=0, alpha=scale)
-    later = None
-    if later_STL is not None:
-        scores, later = scores.view(sequences, -1, heads, keys), later_STL[:, :, None]
-    weights = _softmax(scores, later).view(sequences, -1, keys)
-    out_HMC = torch.bmm(weights, rows_SLX[..., :latent]).view(queries, heads, latent).transpose(0, 1)
-    return torch.bmm(out_HMC, kv_b_HYC[:, nope:].transpose(1, 2)).transpose(0, 1).flatten(1)
 
 
 class PagedAttention:
@@ -193,16 +183,25 @@ class PagedAttention:
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
     def _attend(self, attention: MLA, q_MHQ: Tensor, cache: LatentCache, group: Group) -> Tensor:
-        heads, nope = attention.heads, attention.nope
-        rows_SLX = cache.read(self.layer, group.keys).unflatten(0, (group.sequences, -1))
+        heads, nope, scale = attention.heads, attention.nope, attention.scale
         if group.absorbed:
             weight = attention.kv_b_proj.weight if self._dense is None else self._dense
             kv_b_HYC = weight.to(q_MHQ.dtype).view(heads, -1, cache.latent)
-            return absorbed(q_MHQ, rows_SLX, kv_b_HYC, attention.scale, group.later_STL, nope)
-        latent, rope = rows_SLX.split([cache.latent, cache.rope], dim=-1)
+            q_MHX = fold(q_MHQ, kv_b_HYC, nope)
+            if isinstance(group.keys, Table):
+                out_MHC = attend(q_MHX, cache, self.layer, group.keys, scale)
+            else:
+                rows_SLX = self._rows(cache, group)
+                out_MHC = attend_rows(q_MHX, rows_SLX, cache.latent, scale, group.later_STL)
+            return unfold(out_MHC, kv_b_HYC, nope)
+        latent, rope = self._rows(cache, group).split([cache.latent, cache.rope], dim=-1)
         kv_SLHY = attention.kv_b_proj(latent).unflatten(-1, (heads, -1))
         q_STHQ = q_MHQ.unflatten(0, (group.sequences, -1))
-        return expanded(q_STHQ, rope, kv_SLHY, attention.scale, group.later_STL).flatten(0, 1)
+        return expanded(q_STHQ, rope, kv_SLHY, scale, group.later_STL).flatten(0, 1)
+
+    def _rows(self, cache: LatentCache, group: Group) -> Tensor:
+        assert not isinstance(group.keys, Table)
+        return cache.read(self.layer, group.keys).unflatten(0, (group.sequences, -1))
 
 
 @torch.no_grad()
