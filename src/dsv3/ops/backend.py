@@ -58,10 +58,11 @@ class Choice:
     operator: str
     order: tuple[str, ...]
     refused: dict[str, str]  # name: why not
+    family: str = "FP8"
 
     def __str__(self) -> str:
         refused = [f"{name} not: {why}" for name, why in self.refused.items()]
-        return f"FP8 {self.operator}: {'; '.join([', else '.join(self.order), *refused])}"
+        return f"{self.family} {self.operator}: {'; '.join([', else '.join(self.order), *refused])}"
 
 
 class Reference:
