@@ -72,6 +72,7 @@ def test_other_blocks_and_gpus_compile() -> None:
 def test_joining_compiles() -> None:
     compiled = compile_for(
         HOPPER, triton_mla.join_kernel, dict(num_warps=4, enable_fp_fusion=True),
-        parts_ZMHC="*fp32", lse_ZMH="*fp32", out_MHC="*bf16", all_rows=HEADS * SEQUENCES, LATENT=512, C=512, SPLITS=8, SPLITS_UP=8,
+        parts_ZMHC="*fp32", lse_ZMH="*fp32", out_MHC="*bf16", all_rows=HEADS * SEQUENCES,
+        LATENT=512, C=512, SPLITS=8, SPLITS_UP=8,
     )  # fmt: skip
     assert "ld.global.v4.b32" in compiled.asm["ptx"]

@@ -125,7 +125,7 @@ def choose(sizes: Sizes) -> Choice:
     refused = {name: why for name in order if (why := _refusal(name, sizes)) is not None}
     if wanted in refused and device.type == "cuda":
         raise UserError(f"{VARIABLE} ({wanted}) cannot be used: {refused[wanted]}; use auto")
-    choice = Choice("MLA decode", tuple(name for name in order if name not in refused), refused)
+    choice = Choice("decode", tuple(name for name in order if name not in refused), refused, "MLA")
     if device.type == "cuda":
         log.info("%s", choice)
     return choice

@@ -24,7 +24,7 @@ from dsv3.serve.blocks import BlockManager
 from dsv3.serve.cache import LatentCache
 from dsv3.serve.grammar import Grammars
 from dsv3.serve.layers import keep_bf16
-from dsv3.serve.options import BLOCK_SIZE, Options
+from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.runner import Runner, States
 from dsv3.serve.sampler import logprobs
@@ -57,13 +57,13 @@ class Engine:
         self.max_length = room.max_length
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
         self.cache = LatentCache(
-            room.layers, room.blocks * BLOCK_SIZE, config.kv_lora_rank, config.qk_rope_head_dim, room.kind,
-            dtype, device,
+            room.layers, room.blocks * room.block, config.kv_lora_rank, config.qk_rope_head_dim, room.kind,
+            dtype, device, room.block,
         )  # fmt: skip
-        self.blocks = BlockManager(room.blocks, BLOCK_SIZE)
+        self.blocks = BlockManager(room.blocks, room.block)
         self.scheduler = Scheduler(self.blocks, options.max_batch, options.max_batch_tokens, drafts)
         self.runner = Runner(model, self.cache)
-        self.drafter = Drafter(model, self.cache, drafts, BLOCK_SIZE, self.vocab_size) if drafts else None
+        self.drafter = Drafter(model, self.cache, drafts, self.vocab_size) if drafts else None
         self.grammars = Grammars(tokenizer, self.vocab_size) if tokenizer else None
         self.stats = Stats(drafted_at=[0] * drafts, accepted_at=[0] * drafts)
         self.requests: dict[str, list[Sequence]] = {}

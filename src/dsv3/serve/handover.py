@@ -22,7 +22,6 @@ from torch import Tensor
 
 from dsv3.common.errors import Failure
 from dsv3.serve.engine import Engine
-from dsv3.serve.options import BLOCK_SIZE
 from dsv3.serve.params import SamplingParams
 from dsv3.serve.sequence import Sequence, TokenLogprob
 
@@ -53,7 +52,7 @@ def layout(engine: Engine) -> dict[str, Any]:
         "width": rows.shape[2],
         "draft_tokens": engine.options.draft_tokens,
         "vocab_size": engine.vocab_size,
-        "block_size": BLOCK_SIZE,
+        "block_size": engine.blocks.size,
     }
 
 
@@ -68,7 +67,7 @@ def take(engine: Engine, sequence: Sequence) -> Handover:
     slots = torch.from_numpy(sequence.slots[: sequence.computed + bool(engine.drafter)])
     arrays = {"rows": engine.cache.rows.index_select(1, slots.to(engine.cache.rows.device))}
     if engine.drafter:
-        arrays["ends"] = engine.drafter.ends[sequence.blocks[: sequence.computed // BLOCK_SIZE]]
+        arrays["ends"] = engine.drafter.ends[sequence.blocks[: sequence.computed // engine.blocks.size]]
     if sequence.draft_probs is not None:
         arrays["draft_probs"] = sequence.draft_probs
     scores = sequence.prompt_logprobs
@@ -107,7 +106,7 @@ def give(engine: Engine, handover: Handover, request_id: str) -> Sequence | None
     tokens, prompt = state["tokens"], state["tokens"][: state["prompt_length"]]
     places = len(tokens) + len(state["drafts"]) + engine.scheduler.ahead
     running = len(engine.scheduler.running)
-    if running >= engine.scheduler.max_sequences or -(-places // BLOCK_SIZE) > blocks.idle - running:
+    if running >= engine.scheduler.max_sequences or -(-places // blocks.size) > blocks.idle - running:
         return None
     engine.add_request(prompt, replace(params_of(state["params"]), n=1), request_id)
     (sequence,) = engine.requests[request_id]
@@ -128,7 +127,7 @@ def give(engine: Engine, handover: Handover, request_id: str) -> Sequence | None
     engine.cache.rows.index_copy_(1, slots, rows)
     sequence.computed = len(tokens) - 1
     if engine.drafter:
-        full = sequence.blocks[: sequence.computed // BLOCK_SIZE]
+        full = sequence.blocks[: sequence.computed // blocks.size]
         engine.drafter.ends[full] = arrays["ends"].to(engine.drafter.ends.device)
     blocks.register(sequence)
     engine.scheduler.running.append(sequence)

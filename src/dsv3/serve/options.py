@@ -12,18 +12,20 @@ from dsv3.config.model import ModelConfig
 from dsv3.serve.cache import FORMATS, row_bytes
 
 BLOCK_SIZE = 16  # tokens a cache block
+GPU_BLOCK_SIZE = 64  # on a GPU: the only size FlashMLA knows
 MEMORY_SHARE = 0.25  # of the free memory, for the cache, unless told how many tokens
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a cache holds: ``blocks`` of :data:`BLOCK_SIZE` tokens in ``layers``, as ``kind``.
+    """What a cache holds: ``blocks`` of ``block`` tokens in ``layers``, as ``kind``.
 
     ``max_length``: tokens of prompt and answer of the longest request there is room for.
     """
 
     layers: int
     blocks: int
+    block: int
     kind: str
     max_length: int
 
@@ -78,18 +80,19 @@ class Options:
         layers = config.num_hidden_layers + bool(self.draft_tokens)
         spare = 2 * self.draft_tokens  # rows of drafts that may turn out to be wrong
         tokens = self.cache_tokens
+        block = GPU_BLOCK_SIZE if device.type == "cuda" else BLOCK_SIZE
         if tokens is None:
             row = layers * row_bytes(config.kv_lora_rank, config.qk_rope_head_dim, kind)
             fits = int(MEMORY_SHARE * _free_memory(device)) // row
-            tokens = max(BLOCK_SIZE * 4, min(self.max_batch * (longest + spare), fits))
-        blocks = -(-tokens // BLOCK_SIZE)
-        fitting = min(longest, blocks * BLOCK_SIZE - spare)
+            tokens = max(block * 4, min(self.max_batch * (longest + spare), fits))
+        blocks = -(-tokens // block)
+        fitting = min(longest, blocks * block - spare)
         if self.max_length is not None and fitting < self.max_length:
             raise UserError(
                 f"max_length ({self.max_length}) does not fit cache_tokens ({tokens}): raise it to"
                 f" {self.max_length + spare} or lower max_length to {fitting}"
             )
-        return Room(layers, blocks, kind, fitting)
+        return Room(layers, blocks, block, kind, fitting)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -112,14 +112,14 @@ def _stand(sequence: Sequence, p_RV: Tensor) -> tuple[int, Tensor]:
 class Drafter:
     """Fills the MTP module's cache rows and drafts up to ``count`` tokens a sequence."""
 
-    def __init__(self, model: DeepSeekV3, cache: LatentCache, count: int, block_size: int, vocab_size: int):
+    def __init__(self, model: DeepSeekV3, cache: LatentCache, count: int, vocab_size: int):
         self.model, self.cache, self.count = model, cache, count
         self.module = model.mtp_modules[0]
         norm = self.module.shared_head.norm
         self.layers = Layers(model, [self.module], model.config.num_hidden_layers, cache, norm)
-        self.block_size, self.vocab_size = block_size, vocab_size
+        self.vocab_size = vocab_size
         embedding = model.model.embed_tokens
-        blocks = cache.rows.shape[1] // block_size
+        blocks = cache.rows.shape[1] // cache.block
         self.ends = torch.zeros(
             blocks, model.config.hidden_size, device=cache.rows.device,
             dtype=embedding.compute_dtype or embedding.weight.dtype,
@@ -127,7 +127,7 @@ class Drafter:
 
     def keep_ends(self, chunks: list[Chunk], states: States) -> None:
         """Keep the states of the last places of blocks; of a refused draft it is replaced later."""
-        size = self.block_size
+        size = self.cache.block
         rows, blocks = [], []
         for chunk, begin in zip(chunks, states.begins):
             for block in range(chunk.start // size, chunk.stop // size):
@@ -150,7 +150,7 @@ class Drafter:
         hidden_ND = states.hidden_ND[list(chain.from_iterable(rows))]
         holes = [number for number, gap in enumerate(gaps) if gap]
         if holes:
-            last = [chunks[n].sequence.blocks[starts[n] // self.block_size] for n in holes]
+            last = [chunks[n].sequence.blocks[starts[n] // self.cache.block] for n in holes]
             hidden_ND[[begins[n] for n in holes]] = self.ends[last]
         ids = list(
             chain.from_iterable(
