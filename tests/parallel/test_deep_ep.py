@@ -214,28 +214,39 @@ def in_a_pipeline(_: None) -> dict[str, Any]:
     place = meshes.place("data")
     every = [steps._batches(False, seed) for seed in range(2)]
     share = steps._share(every[0] + every[1], 1)
-    gradients, logs = [], []
-    for why in (None, "not wanted"):
-        model = tiny_model(num_hidden_layers=7, num_nextn_predict_layers=1, hidden_size=WIDTH)
-        model.model.embed_tokens.compute_dtype = torch.bfloat16
-        pipeline = Pipeline(model, "dualpipev", meshes.group("pipeline"), steps.LENGTH)
+
+    def model() -> Any:
+        made = tiny_model(num_hidden_layers=7, num_nextn_predict_layers=1, hidden_size=WIDTH)
+        made.model.embed_tokens.compute_dtype = torch.bfloat16
+        return made
+
+    errors = []
+    for why in ("not wanted", None):
+        whole = model()
+        pipeline = Pipeline(model(), "dualpipev", meshes.group("pipeline"), steps.LENGTH)
         with patch.object(deep_ep, "missing", lambda *_, why=why: why):
+            experts.apply(whole, meshes, 4, dtype=torch.bfloat16)
             experts.apply(pipeline.part, meshes, 4, dtype=torch.bfloat16)
+        steps._one_process(whole, every[place], share, 0.3)
         pipeline.accumulate(every[place], share, 0.3)
-        gradients.append({name: p.grad for name, p in pipeline.part.named_parameters()})
-        logs += [
-            layer.mlp.dispatcher.buffer.log
-            for layer in pipeline.part.modules()
-            if isinstance(getattr(getattr(layer, "mlp", None), "dispatcher", None), deep_ep.DeepEP)
-        ]
+        wanted = {name: p.grad for name, p in whole.named_parameters()}
+        errors.append(
+            {
+                name: float((p.grad - wanted[name]).norm() / wanted[name].norm())
+                for name, p in pipeline.part.named_parameters()
+            }
+        )
+    (buffer,) = {
+        layer.mlp.dispatcher.buffer
+        for layer in pipeline.part.modules()
+        if isinstance(getattr(getattr(layer, "mlp", None), "dispatcher", None), deep_ep.DeepEP)
+    }
     travelling = most = 0
-    for line in logs[0]:
+    for line in buffer.log:
         travelling += -1 if line.startswith("wait") else 1
         most = max(most, travelling)
-    ours, theirs = gradients
-    assert ours.keys() == theirs.keys()
-    errors = [float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours]
-    return {"errors": errors, "most": most, "left": travelling}
+    theirs, ours = errors
+    return {"ours": ours, "theirs": theirs, "most": most, "left": travelling}
 
 
 @cache
@@ -291,10 +302,14 @@ def test_shared_experts_work_while_tokens_travel() -> None:
 
 @pytest.mark.slow
 def test_two_micro_batches_travel_at_once() -> None:
-    """In DualPipeV; the stages' gradients are those that our all_to_all makes, but for BF16."""
+    """In DualPipeV: gradients are those of the same expert ranks without a pipeline, in BF16."""
     for found in run_ranks(4, "tests.parallel.test_deep_ep:in_a_pipeline"):
         assert found["most"] == 2 and found["left"] == 0
-        assert max(found["errors"]) < 0.05
+        ours, theirs = found["ours"], found["theirs"]
+        assert ours.keys() == theirs.keys() and max(theirs.values()) < 0.05
+        # Sums are rounded in another order where the graph is cut, which all_to_all shows too.
+        assert sum(ours.values()) < 1.1 * sum(theirs.values())
+        assert all(error < 2 * theirs[name] + 5e-3 for name, error in ours.items())
 
 
 def test_a_rank_that_cannot_stops_the_others() -> None:
