@@ -91,6 +91,7 @@ def test_no_distractor_has_the_key_or_the_value_asked_for(haystack: Haystack) ->
             told = re.findall(r"Remember: ([a-z]+)(\d+) \1\2\.", decode(trial.prompt))
             assert len(told) == 4 and {key for key, _ in told} == set(KEYS[:4])
             assert [key for key, value in told if int(value) == trial.value] == [trial.key]
+            assert {int(value) for _, value in told} <= {10, 11, 12, 13}
             keys.add(trial.key)
             values.add(trial.value)
     assert (keys, values) == (set(KEYS[:4]), {10, 11, 12, 13})

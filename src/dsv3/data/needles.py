@@ -8,7 +8,7 @@ tokenizers: one look-up by an induction head, which is what a tiny model can lea
 Key and value are said twice. Where they come again, the value is what stood one place before, which a head
 learns at once; from then on the key's second place already says what follows it, and a look-up is to find the
 same key and repeat that. Said once, a look-up needs two heads, neither of which is of use without the other
-(docs/long-context.md has both runs).
+(docs/log.md has both runs).
 """
 
 from __future__ import annotations
