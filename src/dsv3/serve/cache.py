@@ -31,15 +31,18 @@ def row_bytes(latent: int, rope: int, kind: str) -> int:
 class LatentCache:
     """``slots`` rows a layer. ``kind``: float32, bfloat16 or fp8; ``dtype``: what :meth:`read` gives.
 
-    ``block``: slots that a sequence always has together, in order, from a multiple of that on.
+    ``block``: slots that a sequence always has together, in order, from a multiple of that on. ``spare``: one
+    more block of them, number ``scratch``, for rows that belong to no sequence.
     """
 
     def __init__(
         self, layers: int, slots: int, latent: int, rope: int, kind: str, dtype: torch.dtype,
-        device: torch.device | str = "cpu", block: int = 1,
+        device: torch.device | str = "cpu", block: int = 1, spare: bool = False,
     ):  # fmt: skip
         self.latent, self.rope, self.kind, self.dtype, self.block = latent, rope, kind, dtype, block
         self.tiles = -(-latent // TILE)
+        self.scratch = slots // block if spare else None
+        slots += block * spare
         width = row_bytes(latent, rope, kind) if kind == "fp8" else latent + rope
         self.rows = _zeros((layers, slots, width), FORMATS[kind], torch.device(device))
 

@@ -23,6 +23,7 @@ from dsv3.serve.attention import install
 from dsv3.serve.blocks import BlockManager
 from dsv3.serve.cache import LatentCache
 from dsv3.serve.grammar import Grammars
+from dsv3.serve.graphs import replays
 from dsv3.serve.layers import keep_bf16
 from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
@@ -58,7 +59,7 @@ class Engine:
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
         self.cache = LatentCache(
             room.layers, room.blocks * room.block, config.kv_lora_rank, config.qk_rope_head_dim, room.kind,
-            dtype, device, room.block,
+            dtype, device, room.block, replays(device),
         )  # fmt: skip
         self.blocks = BlockManager(room.blocks, room.block)
         self.scheduler = Scheduler(self.blocks, options.max_batch, options.max_batch_tokens, drafts)

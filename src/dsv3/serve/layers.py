@@ -3,7 +3,8 @@
 A piece short enough for absorbed attention (:func:`dsv3.serve.attention.absorbs`) is bound by the bytes of
 the weights it reads: ``native/decode.cpp`` takes it through all layers in one call, where there is a compiler
 and it knows every matrix. Longer pieces, other number formats, GPUs and experts that are elsewhere go through
-the modules. Which way a piece goes follows from the piece alone, never from what else is in the batch.
+the modules. Which way a piece goes follows from the piece alone, never from what else is in the batch; but on
+a GPU a batch of such short pieces alone may be replayed as a graph of the same launches (``graphs.py``).
 
 Shapes: N tokens of the batch, D hidden, S places of a sequence.
 """
@@ -27,8 +28,9 @@ from dsv3.ops.native import decode
 from dsv3.ops.packed import AnyWeight
 from dsv3.quant.frozen import FrozenGroupedLinear, FrozenLinear
 from dsv3.quant.packed import PackedGroupedLinear, PackedLinear, pack
-from dsv3.serve.attention import Span, absorbs, arrange
+from dsv3.serve.attention import Pages, Span, absorbs, arrange
 from dsv3.serve.cache import LatentCache
+from dsv3.serve.graphs import Graphs
 
 Run = Callable[[Sequence[Span], Tensor], Tensor]
 CACHE_KINDS = {"float32": 0, "bfloat16": 1, "fp8": 2}  # as decode.cpp numbers them
@@ -62,11 +64,16 @@ class Layers:
         self.refresh()
 
     def refresh(self) -> None:
-        """To be called when weights or dispatchers have changed: the compiled way holds pointers to them."""
+        """To be called when weights or dispatchers have changed: the other ways hold pointers to them."""
         self.compiled = _Compiled.of(self)
+        self.graphs = Graphs.of(self.model, self.layers, self._through, self.cache)
 
     def run(self, spans: Sequence[Span], x_ND: Tensor) -> Tensor:
         """States after the norm, ``[N, D]``; rows lie span after span. The cache holds theirs afterwards."""
+        if self.graphs is not None:
+            replayed = self.graphs.run(spans, x_ND)
+            if replayed is not None:
+                return replayed
         attention = self.layers[0].self_attn
         few = [
             self.compiled is not None and absorbs(attention, s.stop - s.start, s.stop - s.first)
@@ -91,14 +98,17 @@ class Layers:
         order, pages = arrange(self.model, self.cache, spans)
         pieces = x_ND.split([span.stop - span.start for span in spans])
         sorted_ = order == sorted(order)
-        x = (x_ND if sorted_ else torch.cat([pieces[number] for number in order]))[None]
+        x_ND = self._through(x_ND if sorted_ else torch.cat([pieces[number] for number in order]), pages)
+        if sorted_:
+            return x_ND
+        found = dict(zip(order, x_ND.split([len(pieces[number]) for number in order])))
+        return torch.cat([found[number] for number in range(len(spans))])
+
+    def _through(self, x_ND: Tensor, pages: Pages) -> Tensor:
+        x = x_ND[None]
         for layer in self.layers:
             x, _ = layer(x, pages)
-        x = self.norm(x)
-        if sorted_:
-            return x[0]
-        found = dict(zip(order, x[0].split([len(pieces[number]) for number in order])))
-        return torch.cat([found[number] for number in range(len(spans))])
+        return self.norm(x)[0]
 
 
 class _Compiled:
