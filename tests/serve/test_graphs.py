@@ -209,6 +209,11 @@ def test_what_is_replayed(small: DeepSeekV3, tapes: list[Tape]) -> None:
 
     assert run(decoding([5, 9, 20])) and list(held.graphs) == [(4, 1, 0)]
     assert run(decoding([7, 30, 31, 8])) and len(tapes) == 1, "three and four share one"
+    (four,), spare = held.graphs.values(), layers.cache.scratch
+    assert run(decoding([5, 9, 20])) and spare == 20
+    assert four.table.lengths_S.tolist() == [5, 9, 20, 1] and four.table.blocks_SB[3, 0] == spare
+    assert four.slots_N.tolist() == [4, 2 * BLOCK + 8, 5 * BLOCK + 3, spare * BLOCK]
+    assert not four.x_ND[3].any() and four.out_ND.isfinite().all()
     assert run(decoding([7])) and run(decoding([7], new=2)) and len(tapes) == 3
     assert not run(decoding([5, 9])[:1] + decoding([5, 9], new=2)[1:]), "several shapes"
     assert not run(decoding([20], new=20)) and not run(decoding([30], new=9)), "prompts"

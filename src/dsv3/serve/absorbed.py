@@ -94,7 +94,7 @@ def by_blocks(cache: LatentCache) -> bool:
 
 def attend(q_MHX: Tensor, cache: LatentCache, layer: int, table: Table, scale: float) -> Tensor:
     """:func:`attend_reference`, by the first implementation that takes this."""
-    for name in choose(_sizes(q_MHX, cache)).order:
+    for name in choose(sizes_of(q_MHX, cache)).order:
         if name != "reference":
             module, rows = implementation(name), cache.rows[layer]
             if module.takes(q_MHX, rows, table, cache.latent):
@@ -106,7 +106,8 @@ def attend(q_MHX: Tensor, cache: LatentCache, layer: int, table: Table, scale: f
 Sizes = tuple[torch.device, torch.dtype, int, int, int, str, int]
 
 
-def _sizes(q_MHX: Tensor, cache: LatentCache) -> Sizes:
+def sizes_of(q_MHX: Tensor, cache: LatentCache) -> Sizes:
+    """Of a call."""
     return (q_MHX.device, q_MHX.dtype, q_MHX.shape[1], cache.latent, cache.rope, cache.kind, cache.block)
 
 

@@ -3,6 +3,7 @@
 from dsv3.cli.bench import (  # noqa: I001 (help order)
     train,
     fp8,
+    mla,
     moe,
     pipeline,
     convert,
@@ -29,6 +30,7 @@ __all__ = [
     "fp8",
     "interop",
     "length",
+    "mla",
     "moe",
     "pipeline",
     "rcp",
