@@ -221,6 +221,20 @@ def test_what_is_replayed(small: DeepSeekV3, tapes: list[Tape]) -> None:
 
 
 @torch.inference_mode()
+def test_an_answer_stays_what_it_is(small: DeepSeekV3, tapes: list[Tape]) -> None:
+    """The memory a graph answers in is its own, and used again."""
+    layers, _ = both(small, "float32")
+    held = layers.graphs
+    assert held is not None
+    layers.cache.rows.zero_()
+    first = held.run(decoding([5]), torch.randn(1, small.config.hidden_size))
+    assert first is not None
+    kept = first.clone()
+    held.run(decoding([9]), torch.randn(1, small.config.hidden_size))
+    assert torch.equal(first, kept)
+
+
+@torch.inference_mode()
 def test_the_least_recently_used_graph_goes(
     small: DeepSeekV3, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
