@@ -20,7 +20,8 @@ from dsv3.serve.cache import FORMATS, LatentCache
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-CLOSE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the norm: BF16 queries, weights and results
+# Of the norm: BF16 weights and results; a GPU's exponential is off by two units of the last place.
+CLOSE = {torch.float32: 2e-6 if INTERPRETED else 1e-5, torch.bfloat16: 4e-3}
 SMALL = triton_mla.Tiling(16, 16, 4, 1)
 
 

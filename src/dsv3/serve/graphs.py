@@ -204,6 +204,7 @@ class CudaRecorder:
                 step()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # What other threads do with the GPU meanwhile is no error of this one's.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 step()
         return graph.replay
