@@ -26,7 +26,7 @@ def test_what_is_on_and_why_others_are_off(monkeypatch: pytest.MonkeyPatch) -> N
             "name": f"CPU kernels: {name}", "on": False, "detail": "plain PyTorch (DSV3_NATIVE=0)"
         }  # fmt: skip
     assert not paths["C++ compiler"]["on"] and "no-such-compiler" in paths["C++ compiler"]["detail"]
-    assert "FP8 grouped linear" in paths
+    assert "FP8 grouped linear" in paths and "reference" in paths["MLA decode"]["detail"]
     libraries = {one["name"]: one for one in found["libraries"]}
     assert not libraries["wandb"]["on"] and "dsv3[track]" in libraries["wandb"]["detail"]
     assert libraries["pyarrow"]["on"] and found["machine"]["memory_bytes"] == psutil.virtual_memory().total

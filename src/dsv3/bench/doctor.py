@@ -21,12 +21,14 @@ from dsv3.bench.machine import machine
 from dsv3.common.errors import UserError
 from dsv3.evaluate.sandbox.run import strongest
 from dsv3.ops import backend, native
+from dsv3.serve import absorbed
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 # module: (what it is for, how to get it)
 LIBRARIES = {
     "triton": ("FP8 and fused kernels on a GPU", "pip install 'dsv3[gpu]'"),
     "deep_gemm": ("FP8 products on Hopper", "pip install sgl-deep-gemm, or build DeepGEMM; needs nvcc"),
+    "flash_mla": ("attention over the paged cache on Hopper", "build FlashMLA; needs nvcc"),
     "deep_ep": ("tokens to experts, a copy a rank (parallel.expert)", "build DeepEP; needs nvcc and NVLink"),
     "pyarrow": ("parquet and Arrow tables", "pip install 'dsv3[data]'"),
     "datasets": ("Hugging Face data sets", "pip install 'dsv3[data]'"),
@@ -48,7 +50,7 @@ def examine() -> dict[str, Any]:
     """``machine``: figures, sizes in bytes. ``paths``: fast paths and services; ``libraries``: optional."""
     return {
         "machine": _machine(),
-        "paths": [*_kernels(), *_fp8(), _compiler(), _sandbox()],
+        "paths": [*_kernels(), *_operators(), _compiler(), _sandbox()],
         "libraries": [_library(name, *about) for name, about in LIBRARIES.items()],
     }
 
@@ -118,14 +120,15 @@ def _kernels() -> Iterator[Finding]:
         yield {"name": f"CPU kernels: {source.stem}", "on": not isinstance(found, str), "detail": reason}
 
 
-def _fp8() -> Iterator[Finding]:
-    """What each FP8 operator uses; on is what is faster than the reference."""
+def _operators() -> Iterator[Finding]:
+    """What each FP8 operator uses, and decoding with DeepSeek-V3's sizes; on is what is not the reference."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     with _heard("dsv3"):
-        choices = backend.choices()
+        choices = [*backend.choices(), absorbed.choose((torch.device(device), *absorbed.V3))]
     for choice in choices:
         refused = "; ".join(f"{name} not: {why}" for name, why in choice.refused.items())
         yield {
-            "name": f"FP8 {choice.operator}",
+            "name": f"{choice.family} {choice.operator}",
             "on": choice.order[0] != "reference",
             "detail": ", else ".join(choice.order) + (f" ({refused})" if refused else ""),
         }

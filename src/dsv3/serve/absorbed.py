@@ -104,6 +104,7 @@ def attend(q_MHX: Tensor, cache: LatentCache, layer: int, table: Table, scale: f
 
 # What the choice depends on: device, dtype of queries, heads, latent, rope, kind of cache, slots a block.
 Sizes = tuple[torch.device, torch.dtype, int, int, int, str, int]
+V3 = (torch.bfloat16, 128, 512, 64, "bfloat16", 64)  # DeepSeek-V3's, on any device
 
 
 def sizes_of(q_MHX: Tensor, cache: LatentCache) -> Sizes:
