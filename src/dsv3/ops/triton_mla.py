@@ -80,7 +80,7 @@ def attend_kernel(
     sequence = (tl.program_id(0) // row_tiles).to(tl.int64)
     row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
-    past = first + tl.load(lengths_S + sequence)  # the sequence's last place
+    past = first + tl.load(lengths_S + sequence)  # one more than the sequence's last place
     share = tl.cdiv(tl.cdiv(past, KEYS), SPLITS) * KEYS
     begin = split * share
     end = tl.minimum(begin + share, past)

@@ -57,7 +57,7 @@ def refusal(model: DeepSeekV3, layers: Sequence[DecoderLayer], cache: LatentCach
     if any(isinstance(m, Linear | GroupedLinear) and type(m) not in (Linear, GroupedLinear) for m in modules):
         return "matrices in other number formats"
     if routed and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] < 9):
-        return "grouped products that ask the GPU for sizes: not in BF16 on capability 9"
+        return "products of experts ask the GPU for sizes, but in BF16 on compute capability 9 or newer"
     heads = model.config.num_attention_heads
     sizes = (device, dtype, heads, cache.latent, cache.rope, cache.kind, cache.block)
     if absorbed.choose(sizes).order[0] == "reference":
