@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,9 +113,10 @@ def train(
 
 
 def _count(folder: Path) -> int:
-    """Steps a run has taken, without reading what they were."""
+    """The step a run has reached; those between a checkpoint and a kill have two lines."""
     path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b'"loss":') if path.exists() else 0
+    found = re.findall(rb'^\{"step": (\d+)', path.read_bytes(), re.MULTILINE) if path.exists() else []
+    return int(found[-1]) if found else 0
 
 
 def steps_of(run: Run) -> list[dict[str, Any]]:
