@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import fcntl
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,10 @@ class RunFolder:
         self.progress: Progress | None = None
 
     def begin(self, recipe: BaseModel, *, resume: bool) -> None:
-        """Make the folder and write the resolved recipe; a folder that holds a run needs ``resume``."""
+        """Make the folder and write the resolved recipe; a folder that holds a run needs ``resume``.
+
+        Raises :class:`UserError` too for a folder that another process is writing.
+        """
         if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()) and not resume:
             raise UserError(
                 f"out ({self.path}) already holds a run: go on with --resume auto, or choose another --out"
@@ -41,7 +47,19 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"out ({self.path}) cannot be made: {error.strerror}") from None
+        self._claim()
         write_atomic(self.path / "recipe.yaml", recipes.dump(recipe))
+
+    def _claim(self) -> None:
+        """Keep other processes out until this one ends; the system lets go of it then, however it ends."""
+        held = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: that would let go
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
+                raise UserError(
+                    f"out ({self.path}) is written by another process now: let it end, or choose another --out"
+                ) from None
 
     def rewind(self, step: int) -> None:
         """Drop the lines written after ``step``: the run goes on from there."""
