@@ -58,7 +58,7 @@ class RunFolder:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # else a file system without locks
                 raise UserError(
-                    f"out ({self.path}) is written by another process now: let it end, or choose another --out"
+                    f"out ({self.path}) is written by another process now: let it end, or give another --out"
                 ) from None
 
     def rewind(self, step: int) -> None:
