@@ -70,7 +70,10 @@ def test_tokenizer_train_then_prepare(recipe: Path) -> None:
         (["data", "prepare", "recipe.yaml", "--sed", "1"], "unknown key sed (did you mean seed?)"),
         (["data", "prepare", "recipe.yaml", "stray"], "unexpected argument 'stray'"),
         (["data", "prepare", "recipe.yaml", "--fim_rate", "lots"], "fim_rate ('lots')"),
-        (["data", "fetch", "recipe.yaml", "--to", "x"], "recipe of another verb: dsv3 data prepare recipe.yaml"),
+        (
+            ["data", "fetch", "recipe.yaml", "--to", "x"],
+            "recipe of another verb: dsv3 data prepare recipe.yaml",
+        ),
         (
             ["tokenizer", "train", "recipe.yaml", "--to", "/dev/null/x"],
             "--to (/dev/null/x) cannot be",
