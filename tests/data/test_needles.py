@@ -144,9 +144,19 @@ def recipe_documents() -> dict[str, list[str]]:
     return found
 
 
+def gaps(document: str) -> int:
+    """Characters from a question back to where its answer was said last, at most."""
+    said: dict[str, int] = {}
+    longest = 0
+    for match in PAIR.finditer(document):
+        longest = max(longest, match.start() - said.get(match[1], match.start()))
+        said[match[1]] = match.start()
+    return longest
+
+
 def test_recipes_hold_what_is_to_be_learnt(recipe_documents: dict[str, list[str]]) -> None:
     """A look-up among several, from next to no text to longer than the last phase's windows."""
-    assert set(recipe_documents) == {"lists", "short", "several", "long"}
+    assert set(recipe_documents) == {"lists", "short", "several", "often", "far"}
     lists = recipe_documents.pop("lists")
     assert sum(len(set(PAIR.findall(document))) > 1 for document in lists) > 0.9 * len(lists)
     for made in recipe_documents.values():
@@ -165,6 +175,7 @@ def test_recipes_hold_what_is_to_be_learnt(recipe_documents: dict[str, list[str]
     needles = [len(NEEDLE.findall(document)) for document in recipe_documents["short"]]
     assert sum(count > 1 for count in needles) > len(needles) / 2, "copying any value is not enough"
     assert max(map(len, recipe_documents["short"])) < 4 * 256, "so short that what is asked for is near"
-    assert max(map(len, recipe_documents["long"])) > 3 * 8192
+    assert max(map(len, recipe_documents["far"])) > 3 * 8192
+    assert max(gaps(document) for document in recipe_documents["far"]) > 2 * 8192, "half of a window away"
     asked = [len(QUESTION.findall(document)) for document in recipe_documents["short"]]
     assert sum(asked) >= 3 * sum(needles), "asked for often enough to be most of what can be predicted"

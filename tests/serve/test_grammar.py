@@ -348,7 +348,8 @@ def test_a_dead_end_is_an_error_of_its_own_request(unrehearsed: None) -> None:
     while engine.busy:
         engine.step()
     assert (good.finish_reason, broken.finish_reason) == ("stop", "error")
-    assert "".join(SMALL[token] for token in broken.answer) in ("ab", "c")
+    found = "".join(SMALL[token] for token in broken.answer)
+    assert found in ("ab", "c", "a")  # "a": of a step that ends in a dead end, an accepted draft "b" goes too
     assert engine.blocks.used == 0
 
 
