@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 import dsv3
 from dsv3.bench.interop import oracles, run
-from dsv3.bench.interop.case import CHARACTERS, Case, Finding, held_out_texts
+from dsv3.bench.interop.case import CHARACTERS, ORIGINAL, Case, Finding, held_out_texts
 from dsv3.common.errors import Failure, UserError
 from dsv3.config import recipe as recipes
 from dsv3.config.data import DataRecipe
+from dsv3.config.model import ModelConfig
 from dsv3.data.prepare import prepare
 from dsv3.data.tokenizer import train
 from tests.evaluate.benchmarks.conftest import TEXT
@@ -57,6 +58,14 @@ def test_transformers_does_as_we_do_and_is_seen_where_it_does_not(case: Case) ->
         ("generate: greedy tokens", False), ("generate, use_mtp: greedy tokens", False),
     ]  # fmt: skip
     assert found[3].figure == found[4].figure == "1 of 2 prompts the same"
+
+
+def test_the_extended_model_is_asked_beyond_its_original_length(case: Case) -> None:
+    extended = case.extended
+    assert ModelConfig.from_pretrained(case.folder).rope_scaling is None
+    scaling = ModelConfig.from_pretrained(extended.folder).rope_scaling
+    assert scaling is not None and scaling.original_max_position_embeddings == ORIGINAL
+    assert min(len(case.llm.encode(prompt)) for prompt in extended.prompts) > 2 * ORIGINAL
 
 
 def test_prompts_are_held_out(case: Case, data: Path) -> None:
