@@ -59,7 +59,7 @@ def test_without_a_gpu_one_line_says_so() -> None:
         pytest.skip("there is a GPU")
     done = CliRunner().invoke(app, ["bench", "mla"])
     assert isinstance(done.exception, UserError)
-    assert str(done.exception) == "dsv3 bench mla needs a CUDA device, and there is none"
+    assert str(done.exception) == "this needs a CUDA device, and there is none"
 
 
 def test_bytes_of_a_step() -> None:

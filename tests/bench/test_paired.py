@@ -26,6 +26,15 @@ def test_steps_done_twice_count_once(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "100% 8/8 steps" in capsys.readouterr().err
 
 
+def test_an_estimate_of_steps_gives_way_to_their_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Expected to take 8 steps: one run takes 10, another 5."""
+    runs = [run_of(tmp_path / name, list(range(1, n + 1))) for name, n in (("long", 10), ("short", 5))]
+    train(runs, 8, "data", 2, "rcp", words_of=lambda run: [sys.executable, "-c", ""])
+    assert "100% 15/15 steps" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_names_its_log(tmp_path: Path) -> None:
     run = run_of(tmp_path, [1])
     with pytest.raises(Failure, match=rf"fp8 failed; see {run.folder}.log"):

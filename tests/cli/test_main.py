@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,25 @@ def test_a_recipes_mistake_is_told_at_once(verb: str) -> None:
 
 def test_the_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(capsys, monkeypatch, "--version") == (0, f"dsv3 {dsv3.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "rank, lines", [(None, ["chosen", "slower"]), ("0", ["chosen", "slower"]), ("1", ["slower"])]
+)
+def test_the_houses_log_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: str | None, lines: list[str]
+) -> None:
+    """Which kernels are used is said once, not by every process; what is amiss by each."""
+
+    def verb(**_: object) -> None:
+        logging.getLogger("dsv3").info("%s", "chosen")
+        logging.getLogger("dsv3").debug("as it should be")
+        logging.getLogger("dsv3").warning("slower")
+
+    monkeypatch.setattr(command, "app", verb)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit):
+        command.main()
+    assert capsys.readouterr().err.splitlines() == lines

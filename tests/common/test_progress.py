@@ -56,6 +56,14 @@ def test_a_resumed_job_counts_the_rate_from_where_it_started(
         assert "94% 940/1K tok, 2 tok/s, 0:30 left" in capsys.readouterr().err
 
 
+def test_an_estimated_total_can_change(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", 100, "steps") as bar:
+        clock.now += 20
+        bar.expect(80)
+        bar.advance(40)
+        assert "50% 40/80 steps, 2 steps/s, 0:20 left" in capsys.readouterr().err
+
+
 def test_line_and_failure(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError), Progress("train", 10) as bar:
         bar.line("checkpoint written")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3.common.errors import UserError
-from dsv3.ops import backend, deepgemm, fp8, scaled_mm
+from dsv3.ops import backend, deepgemm, fp8, library, scaled_mm
 from dsv3.ops.blocks import BLOCK, COLUMN, ROW, Quantised, Tile, dequantise, quantise
 from dsv3.ops.formats import E4M3
 
@@ -310,7 +311,18 @@ def test_why_an_implementation_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert "needs compute capability 9" in str(scaled_mm.missing(GPU))
     assert "this GPU has 8.9" in str(deepgemm.missing(GPU))
-    assert "8.9" in str(backend._triton_missing(GPU)) or "not installed" in str(backend._triton_missing(GPU))
+
+
+def test_why_a_library_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kernels_of_another_torch.py").write_text("raise OSError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert library.missing("kernels_of_nobody", GPU, 8) == "kernels_of_nobody is not installed"
+    assert library.missing("json", GPU, 8) is None
+    assert library.missing("json", GPU, 9) == "needs compute capability 9 or newer, this GPU has 8.9"
+    assert library.missing("json", GPU, 7, 7) == "needs compute capability 7, this GPU has 8.9"
+    wanted = "kernels_of_another_torch cannot be imported: OSError undefined symbol"
+    assert library.missing("kernels_of_another_torch", GPU, 8) == wanted
 
 
 def test_triton_is_not_imported_before_it_is_needed() -> None:

@@ -81,18 +81,22 @@ def static_swiglu(x_MD: Tensor, gate: Tensor, up: Tensor, down: Tensor, counts_E
     return torch.bmm(down[expert_M], hidden[..., None])[..., 0]
 
 
-@pytest.fixture
-def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+def tapes_of(patch: pytest.MonkeyPatch) -> list[Tape]:
     """As on a GPU, with tapes for graphs."""
     found: list[Tape] = []
-    monkeypatch.setattr("dsv3.serve.layers._Compiled.of", lambda layers: None)
-    monkeypatch.setattr("dsv3.model.linear.grouped_swiglu", static_swiglu)
-    by_operators(monkeypatch)
-    monkeypatch.setattr(attention_module, "by_blocks", lambda cache: True)
-    monkeypatch.setattr(graphs, "refusal", lambda model, layers, cache: None)
-    monkeypatch.setattr(graphs, "CudaRecorder", lambda device: partial(record, found))
-    monkeypatch.setattr("dsv3.serve.engine.replays", lambda device: True)
+    patch.setattr("dsv3.serve.layers._Compiled.of", lambda layers: None)
+    patch.setattr("dsv3.model.linear.grouped_swiglu", static_swiglu)
+    by_operators(patch)
+    patch.setattr(attention_module, "by_blocks", lambda cache: True)
+    patch.setattr(graphs, "refusal", lambda model, layers, cache: None)
+    patch.setattr(graphs, "CudaRecorder", lambda device: partial(record, found))
+    patch.setattr("dsv3.serve.engine.replays", lambda device: True)
     return found
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    return tapes_of(monkeypatch)
 
 
 def by_operators(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +142,7 @@ def both(model: DeepSeekV3, kind: str) -> tuple[Layers, Layers]:
 @torch.inference_mode()
 def test_states_and_rows_are_those_without(small: DeepSeekV3, data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        tapes: list[Tape] = tapes_of(patch)
+        tapes = tapes_of(patch)
         kind, first = data.draw(st.sampled_from(["float32", "fp8"])), data.draw(st.integers(0, 1))
         layers = both(small, kind)
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -168,10 +172,6 @@ def test_states_and_rows_are_those_without(small: DeepSeekV3, data: st.DataObjec
             close(*(each.cache.read(layer, written) for each in layers))
 
 
-def tapes_of(patch: pytest.MonkeyPatch) -> list[Tape]:
-    return tapes.__wrapped__(patch)  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_an_engines_answers(drafts: int, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(num_nextn_predict_layers=1)
@@ -188,6 +188,15 @@ def test_an_engines_answers(drafts: int, tapes: list[Tape], monkeypatch: pytest.
     assert len(tapes) == replayed
 
 
+@pytest.fixture
+def held(small: DeepSeekV3, tapes: list[Tape]) -> Graphs:
+    """The graphs over an empty cache."""
+    layers, _ = both(small, "float32")
+    layers.cache.rows.zero_()
+    assert layers.graphs is not None
+    return layers.graphs
+
+
 def decoding(lengths: list[int], new: int = 1) -> list[Span]:
     """Sequences one after the other, two blocks each."""
     return [
@@ -197,19 +206,14 @@ def decoding(lengths: list[int], new: int = 1) -> list[Span]:
 
 
 @torch.inference_mode()
-def test_what_is_replayed(small: DeepSeekV3, tapes: list[Tape]) -> None:
-    layers, _ = both(small, "float32")
-    held = layers.graphs
-    assert held is not None
-    layers.cache.rows.zero_()
-
+def test_what_is_replayed(held: Graphs, tapes: list[Tape]) -> None:
     def run(spans: list[Span]) -> bool:
         rows = sum(span.stop - span.start for span in spans)
-        return held.run(spans, torch.randn(rows, small.config.hidden_size)) is not None
+        return held.run(spans, torch.randn(rows, held.model.config.hidden_size)) is not None
 
     assert run(decoding([5, 9, 20])) and list(held.graphs) == [(4, 1, 0)]
     assert run(decoding([7, 30, 31, 8])) and len(tapes) == 1, "three and four share one"
-    (four,), spare = held.graphs.values(), layers.cache.scratch
+    (four,), spare = held.graphs.values(), held.cache.scratch
     assert run(decoding([5, 9, 20])) and spare == 20
     assert four.table.lengths_S.tolist() == [5, 9, 20, 1] and four.table.blocks_SB[3, 0] == spare
     assert four.slots_N.tolist() == [4, 2 * BLOCK + 8, 5 * BLOCK + 3, spare * BLOCK]
@@ -221,12 +225,8 @@ def test_what_is_replayed(small: DeepSeekV3, tapes: list[Tape]) -> None:
 
 
 @torch.inference_mode()
-def test_an_answer_stays_what_it_is(small: DeepSeekV3, tapes: list[Tape]) -> None:
+def test_an_answer_stays_what_it_is(small: DeepSeekV3, held: Graphs) -> None:
     """The memory a graph answers in is its own, and used again."""
-    layers, _ = both(small, "float32")
-    held = layers.graphs
-    assert held is not None
-    layers.cache.rows.zero_()
     first = held.run(decoding([5]), torch.randn(1, small.config.hidden_size))
     assert first is not None
     kept = first.clone()
@@ -236,13 +236,9 @@ def test_an_answer_stays_what_it_is(small: DeepSeekV3, tapes: list[Tape]) -> Non
 
 @torch.inference_mode()
 def test_the_least_recently_used_graph_goes(
-    small: DeepSeekV3, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+    small: DeepSeekV3, held: Graphs, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "KEPT", 2)
-    layers, _ = both(small, "float32")
-    held = layers.graphs
-    assert held is not None
-    layers.cache.rows.zero_()
     for size in (1, 2, 1, 4, 1, 2):
         held.run(decoding([9] * size), torch.randn(size, small.config.hidden_size))
     assert list(held.graphs) == [(1, 1, 0), (2, 1, 0)] and len(tapes) == 4

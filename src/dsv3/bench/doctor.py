@@ -94,22 +94,15 @@ def _gpu(number: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _heard(name: str) -> Iterator[list[str]]:
-    """What a logger says in the meantime, instead of it being printed."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+def _quiet(name: str) -> Iterator[None]:
+    """A logger says nothing in the meantime: it stands in the findings."""
     logger = logging.getLogger(name)
-    level, passes = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
-        yield lines
+        yield
     finally:
-        logger.removeHandler(handler)
         logger.setLevel(level)
-        logger.propagate = passes
 
 
 def _kernels() -> Iterator[Finding]:
@@ -123,7 +116,7 @@ def _kernels() -> Iterator[Finding]:
 def _operators() -> Iterator[Finding]:
     """What each FP8 operator uses, and decoding with DeepSeek-V3's sizes; on is what is not the reference."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    with _heard("dsv3"):
+    with _quiet("dsv3"):
         choices = [*backend.choices(), absorbed.choose((torch.device(device), *absorbed.V3))]
     for choice in choices:
         refused = "; ".join(f"{name} not: {why}" for name, why in choice.refused.items())

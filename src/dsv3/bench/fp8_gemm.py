@@ -37,9 +37,7 @@ OURS = "triton"
 def gpu() -> torch.device:
     """The current GPU, or one clear line."""
     if not torch.cuda.is_available():
-        raise UserError(
-            "dsv3 bench fp8 needs a CUDA device, and there is none; --ablation and --memory need none"
-        )
+        raise UserError("this needs a CUDA device, and there is none; --ablation and --memory need none")
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -63,7 +63,7 @@ CASES = (
 def gpu() -> torch.device:
     """The current GPU, or one clear line."""
     if not torch.cuda.is_available():
-        raise UserError("dsv3 bench mla needs a CUDA device, and there is none")
+        raise UserError("this needs a CUDA device, and there is none")
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -81,7 +81,10 @@ def train(
     title: str,
     words_of: Callable[[Run], list[str]] | None = None,
 ) -> None:
-    """Bring every run to its end, ``workers`` at a time. ``words_of``: a run's command, if another."""
+    """Bring every run to its end, ``workers`` at a time.
+
+    ``steps``: of a run, or about as many where ``words_of`` (a run's command, if another) does not fix them.
+    """
     words_of = words_of or (lambda run: command(run, steps, data))
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)), **os.environ}
     waiting, running = list(runs), dict[Run, subprocess.Popen[bytes]]()
@@ -101,7 +104,10 @@ def train(
                 for run in [run for run, process in running.items() if process.poll() is not None]:
                     if running.pop(run).returncode:
                         raise Failure(f"{run.name} failed; see {run.folder}.log")
-                now = sum(_count(run.folder) for run in runs)
+                reached = {run: _count(run.folder) for run in runs}
+                going = {*waiting, *running}
+                progress.expect(sum(max(n, steps * (run in going)) for run, n in reached.items()))
+                now = sum(reached.values())
                 progress.note(", ".join(f"{run.name} of seed {run.seed}" for run in running))
                 progress.advance(now - done)
                 done = now

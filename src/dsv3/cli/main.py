@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import re
 import sys
@@ -38,6 +39,7 @@ from dsv3.cli import (
 )
 from dsv3.cli.group import Verbs
 from dsv3.common.errors import Failure, UserError
+from dsv3.common.progress import say
 
 app = typer.Typer(
     name="dsv3",
@@ -128,12 +130,22 @@ def run() -> None:
         raise Failure(f"{where}{error.strerror}; choose a path that you may write to") from None
 
 
+class Lines(logging.Handler):
+    """The house's log as plain lines: which kernels are used and why not others, once each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
 def main() -> None:
     """Run the command line and turn errors into exit codes; the console script's entry point."""
+    rank = os.environ.get("RANK")  # of several processes that torchrun started
+    log = logging.getLogger("dsv3")
+    log.handlers = [Lines()]
+    log.setLevel(logging.INFO if rank in (None, "0") else logging.WARNING)
     try:
         run()
     except UserError as error:
-        rank = os.environ.get("RANK")  # of several processes that torchrun started
         if rank in (None, "0") or not error.shared:
             print(f"dsv3: {error}", file=sys.stderr, flush=True)
         if rank is not None:  # not waiting for threads whose peers are gone

@@ -76,6 +76,7 @@ def serve(
         )
     tokenizer = Tokenizer.load(folder)
     listening = bind(host, port)
+    logs.set_up(log_level)
     model = load(folder, dtype, device, quantize)
     drafts = min(1, len(model.mtp_modules)) if draft_tokens is None else draft_tokens
     options = Options(drafts, max_batch, max_batch_tokens, max_length, cache_tokens, cache_dtype)
@@ -88,5 +89,4 @@ def serve(
         f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key}"
         ' -d \'{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}\''
     )
-    logs.set_up(log_level)
     Listener(api, settings.drain_seconds).run([listening])

@@ -26,6 +26,16 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def say(text: str) -> None:
+    """Print a line to the standard error without tearing a bar, whoever shows one."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
     """Progress of a job of ``total`` units, with rate and time left.
 
@@ -67,10 +77,7 @@ class Progress:
 
     def line(self, text: str) -> None:
         """Print a line without tearing the bar."""
-        if self.live is not None:
-            self.live.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        say(text)
 
     def advance(self, amount: float) -> None:
         """``amount`` more units are done."""
@@ -79,6 +86,12 @@ class Progress:
             self.live.update(amount)
         elif time.monotonic() - self.last_line >= PLAIN_EVERY:
             self._plain()
+
+    def expect(self, total: float) -> None:
+        """``total`` was an estimate: from here on it is this."""
+        self.total = total
+        if self.live is not None:
+            self.live.total = total
 
     def _plain(self) -> None:
         self.last_line = time.monotonic()

@@ -29,7 +29,9 @@ class EndToEndRecipe(Recipe):
     """Everything `dsv3 bench end-to-end` needs to know."""
 
     out: str = Field("runs/pipeline", description="folder to write")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of all that follows pre-training")
+    seeds: list[int] = Field(
+        [0, 1, 2], min_length=1, description="of all that follows pre-training; more can be added later"
+    )
     tasks: list[str] = Field(min_length=1, description="what is taught and asked: NAME or NAME:DIFFICULTY")
     examples: int = Field(100, gt=0, description="solved examples a task in the first fine-tuning")
     prompts: int = Field(200, gt=0, description="prompts a task in the distillation")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dsv3.common.errors import UserError, nearest
-from dsv3.ops import deepgemm, scaled_mm
+from dsv3.ops import deepgemm, library, scaled_mm
 from dsv3.ops.blocks import (
     BLOCK,
     COLUMN,
@@ -97,21 +96,16 @@ def _quantiser() -> Any:
     return importlib.import_module("dsv3.ops.triton_quantise")
 
 
-def _triton_missing(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'dsv3[gpu]')"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 9 else f"needs compute capability 9 or newer, this GPU has {major}.{minor}"
-
-
 def _refusal(name: str, operator: str, device: torch.device) -> str | None:
     """Why an implementation is not used on this device, or None."""
     if name == "reference":
         return None
     if device.type != "cuda":
         return "no CUDA device"
-    find = {"torch": scaled_mm.missing, "deepgemm": deepgemm.missing, "triton": _triton_missing}[name]
-    why = find(device)
+    if name == "triton":
+        why = library.missing("triton", device, library.HOPPER)
+    else:
+        why = implementation(name).missing(device)
     if why is not None:
         return why
     try:

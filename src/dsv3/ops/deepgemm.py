@@ -8,28 +8,19 @@ products for weights' gradients too, but over experts only with sizes known to t
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv3.ops import library
 from dsv3.ops.blocks import BLOCK, ROW, Quantised
 from dsv3.ops.formats import E4M3
 
 
 def missing(device: torch.device) -> str | None:
     """Why it cannot be used on this GPU, or None."""
-    if importlib.util.find_spec("deep_gemm") is None:
-        return "deep_gemm is not installed"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return f"needs compute capability 9, this GPU has {major}.{minor}"
-    try:
-        _library()
-    except Exception as error:  # it looks for CUDA's compiler when imported, and asserts
-        return f"deep_gemm cannot be imported: {type(error).__name__} {error}".splitlines()[0]
-    return None
+    return library.missing("deep_gemm", device, library.HOPPER, library.HOPPER)
 
 
 def takes_linear(x: Quantised, w: Quantised, counts_E: Tensor | None, dtype: torch.dtype) -> bool:
@@ -41,20 +32,20 @@ def takes_linear(x: Quantised, w: Quantised, counts_E: Tensor | None, dtype: tor
 
 def linear(x: Quantised, w: Quantised, counts_E: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As :func:`dsv3.ops.fp8.linear`."""
-    library = _library()
+    kernels = _library()
     weights = (w.values.contiguous(), w.scales.contiguous())
     rows, outputs = x.shape[0], w.shape[-2]
     if counts_E is None:
         out = torch.empty((rows, outputs), dtype=dtype, device=x.values.device)
-        library.fp8_gemm_nt((x.values.contiguous(), x.scales), weights, out)
+        kernels.fp8_gemm_nt((x.values.contiguous(), x.scales), weights, out)
         return out
-    place_M, expert_P = apart(counts_E, rows, library.get_mk_alignment_for_contiguous_layout())
+    place_M, expert_P = apart(counts_E, rows, kernels.get_mk_alignment_for_contiguous_layout())
     x_PK = torch.zeros((len(expert_P), x.shape[1]), dtype=torch.uint8, device=x.values.device)
     x_PK[place_M] = x.values.view(torch.uint8)
     scales_P = x.scales.new_zeros((len(expert_P), x.scales.shape[1]))
     scales_P[place_M] = x.scales
     out_PN = torch.empty((len(expert_P), outputs), dtype=dtype, device=x.values.device)
-    library.m_grouped_fp8_gemm_nt_contiguous((x_PK.view(x.values.dtype), scales_P), weights, out_PN, expert_P)
+    kernels.m_grouped_fp8_gemm_nt_contiguous((x_PK.view(x.values.dtype), scales_P), weights, out_PN, expert_P)
     return out_PN[place_M]
 
 

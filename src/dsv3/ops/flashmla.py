@@ -8,12 +8,12 @@ too, it reads in sparse attention only.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv3.ops import library
 from dsv3.ops.paged import Table
 
 LATENT, ROPE, BLOCK = 512, 64, 64
@@ -21,16 +21,7 @@ LATENT, ROPE, BLOCK = 512, 64, 64
 
 def missing(device: torch.device) -> str | None:
     """Why it cannot be used on this GPU, or None."""
-    if importlib.util.find_spec("flash_mla") is None:
-        return "flash_mla is not installed"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major != 9:
-        return f"needs compute capability 9, this GPU has {major}.{minor}"
-    try:
-        _library()
-    except Exception as error:  # it loads a library built for one PyTorch
-        return f"flash_mla cannot be imported: {type(error).__name__} {error}".splitlines()[0]
-    return None
+    return library.missing("flash_mla", device, library.HOPPER, library.HOPPER)
 
 
 def takes(q_MHX: Tensor, rows: Tensor, table: Table, latent: int) -> bool:
@@ -41,12 +32,12 @@ def takes(q_MHX: Tensor, rows: Tensor, table: Table, latent: int) -> bool:
 
 def attend(q_MHX: Tensor, rows: Tensor, table: Table, latent: int, scale: float) -> Tensor:
     """As :func:`dsv3.serve.absorbed.attend_reference`, of a layer's rows."""
-    library, sequences = _library(), len(table.lengths_S)
+    kernels, sequences = _library(), len(table.lengths_S)
     q_STHX = q_MHX.unflatten(0, (sequences, -1))
     if "flashmla" not in table.plans:  # old ones plan here, new ones in the first call; both for all layers
         queries = q_STHX.shape[1] * q_STHX.shape[2]
-        table.plans["flashmla"] = library.get_mla_metadata(table.lengths_S, queries, 1)
-    out_STHC, _ = library.flash_mla_with_kvcache(
+        table.plans["flashmla"] = kernels.get_mla_metadata(table.lengths_S, queries, 1)
+    out_STHC, _ = kernels.flash_mla_with_kvcache(
         q_STHX, rows.view(-1, BLOCK, 1, LATENT + ROPE), table.blocks_SB, table.lengths_S, latent,
         *table.plans["flashmla"], softmax_scale=scale, causal=True,
     )  # fmt: skip

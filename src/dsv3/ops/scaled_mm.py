@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsv3.ops import library
 from dsv3.ops.blocks import BLOCK, COLUMN, ROW, Quantised
 from dsv3.ops.formats import E4M3
 
@@ -20,8 +21,7 @@ def missing(device: torch.device) -> str | None:
     """Why it cannot be used on this GPU, or None."""
     if not hasattr(F, "scaled_mm"):
         return f"torch {torch.__version__} has no scaled_mm"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major == 9 else f"needs compute capability 9, this GPU has {major}.{minor}"
+    return library.unsuited(device, library.HOPPER, library.HOPPER)
 
 
 def takes_linear(x: Quantised, w: Quantised, counts_E: Tensor | None, dtype: torch.dtype) -> bool:

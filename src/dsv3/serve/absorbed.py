@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import os
 from typing import Any
@@ -23,12 +22,13 @@ import torch
 from torch import Tensor
 
 from dsv3.common.errors import UserError, nearest
-from dsv3.ops import flashmla
+from dsv3.ops import flashmla, library
 from dsv3.ops.backend import Choice
 from dsv3.ops.paged import Table
 from dsv3.serve.cache import LatentCache
 
 VARIABLE = "DSV3_MLA"
+AMPERE = 8  # the oldest whose major number our kernel suits
 ORDER = ("flashmla", "triton", "reference")
 LARGEST_ERROR = 1e-2  # of an example: BF16 weights and sums are off by less, a wrong row by about 1
 
@@ -145,7 +145,7 @@ def _refusal(name: str, sizes: Sizes) -> str | None:
         return None
     if device.type != "cuda":
         return "no CUDA device"
-    why = flashmla.missing(device) if name == "flashmla" else _triton_missing(device)
+    why = flashmla.missing(device) if name == "flashmla" else library.missing("triton", device, AMPERE)
     if why is not None:
         return why
     try:
@@ -155,13 +155,6 @@ def _refusal(name: str, sizes: Sizes) -> str | None:
     if error is None:
         return "does not take this model's sizes, dtype or cache"
     return None if error <= LARGEST_ERROR else f"an example was off by {error:.1e} of its norm"
-
-
-def _triton_missing(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install 'dsv3[gpu]')"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"needs compute capability 8 or newer, this GPU has {major}.{minor}"
 
 
 def error_of(module: Any, sizes: Sizes) -> float | None:

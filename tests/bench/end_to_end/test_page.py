@@ -30,6 +30,7 @@ def found(**accuracy: list[list[float]]) -> dict[str, Any]:
         "served": {"question": "What?", "answer": "That", "right": "This"},
         "minutes": {"sft": 1.25},
         "cpu_minutes": 9.0,
+        "wall_minutes": 5.0,
         "machine": {"cpu": "a processor", "cores": 2, "torch": "2"},
     }
 
@@ -69,13 +70,14 @@ def test_ends_are_means_of_five_steps() -> None:
 
 def test_minutes_are_of_one_seed() -> None:
     lines = [
-        {"stage": "tokenizer and pre-training", "cpu_seconds": 60.0},
-        {"stage": "seed 0: SFT", "cpu_seconds": 60.0},
-        {"stage": "seed 1: SFT", "cpu_seconds": 120.0},
-        {"stage": "seed 0: SFT: held-out questions", "cpu_seconds": 30.0},
-        {"stage": "seed 0: distillation", "cpu_seconds": 30.0},
-        {"stage": "seed 0: SFT on it", "cpu_seconds": 30.0},
+        {"stage": "tokenizer and pre-training", "cpu_seconds": 60.0, "seconds": 20.0},
+        {"stage": "seed 0: SFT", "cpu_seconds": 60.0, "seconds": 20.0},
+        {"stage": "seed 1: SFT", "cpu_seconds": 120.0, "seconds": 20.0},
+        {"stage": "seed 0: SFT: held-out questions", "cpu_seconds": 30.0, "seconds": 20.0},
+        {"stage": "seed 0: distillation", "cpu_seconds": 30.0, "seconds": 20.0},
+        {"stage": "seed 0: SFT on it", "cpu_seconds": 30.0, "seconds": 20.0},
     ]
     spent = _spent(lines, 2)
     assert spent["minutes"] == pytest.approx({"pretrain": 1.0, "sft": 1.5, "again": 0.5})
     assert spent["cpu_minutes"] == pytest.approx(5.5)
+    assert spent["wall_minutes"] == pytest.approx(2.0)

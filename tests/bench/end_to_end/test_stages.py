@@ -14,14 +14,14 @@ import pytest
 import yaml
 
 from dsv3.bench.end_to_end.figures import gather
-from dsv3.bench.end_to_end.stages import _repeated, steps
+from dsv3.bench.end_to_end.stages import _claim, _repeated, steps
 from dsv3.common.errors import UserError
 from dsv3.config import recipe as recipes
 from dsv3.config.end_to_end import EndToEndRecipe
 
 ROOT = Path(__file__).parents[3]
 FAST = ROOT / "recipes" / "pipeline-fast.yaml"
-TIMES = ("minutes", "cpu_minutes", "served", "machine")  # "served" names the folder
+TIMES = ("minutes", "cpu_minutes", "wall_minutes", "served", "machine")  # "served" names the folder
 
 
 def arguments(out: Path) -> list[str]:
@@ -78,6 +78,21 @@ def test_every_stage_leaves_what_the_page_says(whole: Path) -> None:
     assert served["answer"] and served["usage"]["completion_tokens"] > 0
     for picture in ("accuracy", "grpo"):
         assert (whole / "images" / f"pipeline_{picture}.png").stat().st_size > 1000
+
+
+def test_a_folder_is_of_one_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But seeds can be added, and notes."""
+    monkeypatch.chdir(ROOT)
+    recipe = recipes.load(EndToEndRecipe, FAST, ["--seeds", "[0]"])
+    _claim(recipe, tmp_path)
+    _claim(recipe.model_copy(update={"seeds": [0, 1], "notes": ["it was so"]}), tmp_path)
+    written = recipes.load(EndToEndRecipe, tmp_path / "recipe.yaml")
+    assert written.seeds == [0, 1] and written.notes == []
+    other = recipe.model_copy(update={"sft": recipe.sft.model_copy(update={"changes": {"epochs": 3}})})
+    for one in (other, recipe.model_copy(update={"prompts": 9})):
+        with pytest.raises(UserError, match="holds a run of another recipe; choose another --out"):
+            _claim(one, tmp_path)
+    assert recipes.load(EndToEndRecipe, tmp_path / "recipe.yaml") == written
 
 
 @pytest.mark.slow

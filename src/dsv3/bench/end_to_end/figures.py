@@ -93,11 +93,15 @@ def _trained(out: Path, seeds: list[Path], stage: str) -> dict[str, float]:
 
 
 def _spent(lines: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
-    """``minutes`` of processor time by stage, of one seed; ``cpu_minutes`` of all that was done."""
+    """``minutes`` of processor time by stage, of one seed; ``cpu_minutes``, ``wall_minutes`` of all."""
     minutes: dict[str, float] = {}
     for line in lines:
         stage = PARTS.get(line["stage"].rpartition(": ")[2])
         if stage is not None:
             share = 1 if stage == "pretrain" else seeds
             minutes[stage] = minutes.get(stage, 0.0) + line["cpu_seconds"] / 60 / share
-    return {"minutes": minutes, "cpu_minutes": sum(line["cpu_seconds"] for line in lines) / 60}
+    return {
+        "minutes": minutes,
+        "cpu_minutes": sum(line["cpu_seconds"] for line in lines) / 60,
+        "wall_minutes": sum(line["seconds"] for line in lines) / 60,
+    }

@@ -78,7 +78,7 @@ def _taught(recipe: EndToEndRecipe, found: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | {taught[stage]} | {steps:.0f} | {tokens:.0f}K | {_minutes(found, stage)} |"
     yield (
         f"\nMinutes are of one seed. All that was done, the questions after every stage included:"
-        f" {found['cpu_minutes']:.0f} minutes."
+        f" {found['cpu_minutes']:.0f} minutes, {found['wall_minutes']:.0f} by the clock."
     )
 
 

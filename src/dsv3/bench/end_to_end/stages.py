@@ -72,17 +72,25 @@ def end_to_end(recipe: EndToEndRecipe) -> bool:
 
 
 def _claim(recipe: EndToEndRecipe, out: Path) -> None:
-    """Write the recipe; refuse a folder that holds the run of another. Notes may be written afterwards."""
-    path, text = out / "recipe.yaml", recipes.dump(recipe.model_copy(update={"notes": []}))
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    """Write the recipe; refuse a folder that holds the run of another.
+
+    Seeds may be added afterwards, and notes written.
+    """
+    path = out / "recipe.yaml"
+    if path.exists() and _work(recipes.load(EndToEndRecipe, path)) != _work(recipe):
         raise UserError(f"out ({out}) holds a run of another recipe; choose another --out, or delete it")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out ({out}) cannot be made: {error.strerror}") from None
-    write_atomic(path, text)
+    write_atomic(path, recipes.dump(recipe.model_copy(update={"notes": []})))
     if not (out / "machine.json").exists():
         write_json(out / "machine.json", machine())
+
+
+def _work(recipe: EndToEndRecipe) -> dict[str, Any]:
+    """What is done for a seed, all keys of it."""
+    return recipe.model_dump(exclude={"seeds", "notes"})
 
 
 def steps(recipe: EndToEndRecipe) -> Iterator[Step]:

@@ -92,7 +92,7 @@ def library(name: str) -> ctypes.CDLL | None:
     """The compiled functions of a file here, or None (said once in the log) where there are none."""
     found = find(name)
     if not isinstance(found, str):
-        log.info("CPU kernels (%s): compiled", name)
+        log.debug("CPU kernels (%s): compiled", name)
         return found
     if os.environ.get("DSV3_NATIVE") == "0":  # as asked
         log.info("CPU kernels (%s): plain PyTorch (%s)", name, found)

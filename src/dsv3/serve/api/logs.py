@@ -39,10 +39,10 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str) -> None:
-    """Log this server and uvicorn to the standard error, from ``level`` (debug, info, warning, error) on."""
+    """Log this house and uvicorn to the standard error, from ``level`` (debug, info, warning, error) on."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
-    for name, least in (("dsv3.serve", level.upper()), ("uvicorn", "WARNING")):
+    for name, least in (("dsv3", level.upper()), ("uvicorn", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)
