@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ import pytest
 import torch
 
 import dsv3
+from dsv3.common.errors import UserError
 from dsv3.data.tokenizer import Tokenizer, train
 from dsv3.evaluate.sample import complete, generate
 from dsv3.model import DeepSeekV3
 from dsv3.serve.engine import Engine
 from dsv3.serve.options import Options
+from dsv3.serve.updates import Update
 from tests.model.build import tiny_model
 from tests.model.transformers_twin import twin_of
 
@@ -259,3 +263,60 @@ def test_an_answer_ends_where_the_cache_does(model: DeepSeekV3) -> None:
     llm = dsv3.LLM(model, cache_tokens=32, draft_tokens=1)
     (out,) = llm.generate([[1, 2, 3]], replace(GREEDY, max_tokens=100, ignore_eos=True))
     assert out.finish_reason == "length" and len(out.token_ids) + 3 == llm.engine.max_length == 30
+
+
+def test_streams_read_in_turns_lose_nothing(llm: dsv3.LLM) -> None:
+    """A step computes every open request: what it made for another call waits for that call."""
+    prompts = ([5, 6, 7], [9, 10], [40, 3, 77])
+    alone = [out.token_ids for out in llm.generate(prompts, replace(GREEDY, ignore_eos=True))]
+    streams = [llm.stream(prompt, replace(GREEDY, ignore_eos=True)) for prompt in prompts[:2]]
+    found: list[list[int]] = [[], []]
+    for turn in range(12):
+        if turn == 2:
+            assert llm.generate([prompts[2]], replace(GREEDY, ignore_eos=True))[0].token_ids == alone[2]
+        for answer, stream in zip(found, streams):
+            answer += [token for update in [next(stream, None)] if update for token in update.token_ids]
+    assert found == alone[:2]
+    assert [list(stream) for stream in streams] == [[], []]
+    assert not llm.engine.busy and not llm._boxes
+
+
+def test_threads_share_an_engine(llm: dsv3.LLM) -> None:
+    """Two of them in a step at once would be a segmentation fault, now and then."""
+    prompts = [[5 + i, 6, 7] for i in range(6)]
+    params = replace(GREEDY, ignore_eos=True, max_tokens=24)
+    alone = [out.token_ids for out in llm.generate(prompts, params)]
+    inside, entered = threading.Lock(), list[bool]()
+    step = llm.engine.step
+
+    def alone_in_here() -> list[Update]:
+        mine = inside.acquire(blocking=False)
+        entered.append(mine)
+        try:
+            return step()
+        finally:
+            if mine:
+                inside.release()
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as pool:
+        patch.setattr(llm.engine, "step", alone_in_here)
+        found = list(pool.map(lambda prompt: llm.generate([prompt], params)[0].token_ids, prompts))
+    assert all(entered), "two threads were in a step at once"
+    assert found == alone
+
+
+@pytest.mark.parametrize(
+    "prompts", [None, 5, b"abc", {"prompt": "x"}, [[1.5]], [None], ["fine", ["a"]]], ids=repr
+)
+def test_what_is_no_prompt_is_refused(llm: dsv3.LLM, prompts: Any) -> None:
+    with pytest.raises(UserError, match="must be a text or a list of token ids"):
+        llm.generate(prompts, GREEDY)
+    assert not llm.engine.busy
+
+
+def test_prompts_from_a_generator_and_tensors(llm: dsv3.LLM) -> None:
+    (expected,) = llm.generate([[5, 6, 7]], GREEDY)
+    (found,) = llm.generate((ids for ids in [torch.tensor([5, 6, 7])]), GREEDY)
+    assert found.token_ids == expected.token_ids
+    with pytest.raises(UserError, match=r"must be dsv3.SamplingParams"):
+        llm.generate("x", {"max_tokens": 3})  # type: ignore[arg-type]

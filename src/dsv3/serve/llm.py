@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Many
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -70,7 +72,7 @@ class Output:
 
 
 class LLM:
-    """Batched generation.
+    """Batched generation; calls from several threads, and streams read in turns, share the batches.
 
     ``model``: a Hugging Face folder, or a model. ``tokenizer``: None: the folder's, if it has one; without a
     tokenizer prompts are token ids and answers have no text. ``dtype``, ``device``, ``quantize``: as for
@@ -100,6 +102,10 @@ class LLM:
             raise UserError("dtype and quantize are for a folder; a model comes as it is")
         self.tokenizer = tokenizer
         self.engine = Engine(model, tokenizer, settings)
+        self._lock = threading.RLock()  # a forgotten stream may be collected, and given up, where it is held
+        self._boxes: dict[
+            str, list[Update]
+        ] = {}  # of a request: where its call finds what any call's step made
 
     def encode(self, prompt: Prompt, suffix: str | None = None) -> list[int]:
         """A prompt as token ids; an empty text is a begin-of-sentence token.
@@ -107,7 +113,12 @@ class LLM:
         With ``suffix``: fill in the middle, what is asked for stands between the two (PSM, report 4.1).
         """
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            try:
+                if isinstance(prompt, bytes):
+                    raise TypeError
+                return [operator.index(token) for token in prompt]
+            except TypeError:
+                raise UserError(f"prompt ({prompt!r:.60}) must be a text or a list of token ids") from None
         if self.tokenizer is None:
             raise UserError("a text prompt needs a tokenizer: pass tokenizer=..., or token ids as the prompt")
         ids = self.tokenizer.encode(prompt)
@@ -125,30 +136,33 @@ class LLM:
 
         ``params``: for all, or one each. ``progress`` shows a bar of finished prompts.
         """
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        many = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]  # type: ignore[arg-type]
-        wishes = [params or SamplingParams()] * len(many) if not isinstance(params, Many) else list(params)
+        listed: list[Any] = [prompts]
+        if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping):
+            listed = list(prompts)
+            if listed and isinstance(listed[0], int):
+                listed = [listed]
+        many = [self.encode(prompt) for prompt in listed]
+        wishes: list[SamplingParams]
+        wishes = list(params) if isinstance(params, Many) else [params or SamplingParams()] * len(many)
         if len(wishes) != len(many):
             raise UserError(f"params ({len(wishes)}) must be one, or as many as prompts ({len(many)})")
         for prompt, wish in zip(many, wishes):
+            if not isinstance(wish, SamplingParams):
+                raise UserError(f"params ({wish!r:.60}) must be dsv3.SamplingParams(...), or a list of them")
             self.engine.check(prompt, wish)
-        requests = {}
-        for prompt, wish in zip(many, wishes):
-            request = self.engine.add_request(prompt, wish)
-            requests[request] = self.engine.requests[request]
+        requests: dict[str, list[Sequence]] = {}
+        with self._lock:
+            for prompt, wish in zip(many, wishes):
+                request = self.engine.add_request(prompt, wish)
+                requests[request] = self.engine.requests[request]
+            box = self._open(requests)
         usages: dict[str, Usage] = {}
         with Progress("generate", len(many), "prompts") if progress else nullcontext() as bar:
-            try:
-                while len(usages) < len(requests):
-                    for update in self.engine.step():
-                        if update.usage is not None and update.request_id in requests:
-                            usages[update.request_id] = update.usage
-                            if bar is not None:
-                                bar.advance(1)
-            except BaseException:  # Ctrl-C: the next call must not find these
-                for request in requests:
-                    self.engine.abort(request)
-                raise
+            for update in self._updates(requests, box):
+                if update.usage is not None:
+                    usages[update.request_id] = update.usage
+                    if bar is not None:
+                        bar.advance(1)
         return [
             Output(
                 prompt,
@@ -161,14 +175,42 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Update]:
         """The updates of one prompt as they come; leaving the loop early gives the request up."""
-        request = self.engine.add_request(self.encode(prompt), params)
+        ids = self.encode(prompt)
+        with self._lock:
+            request = self.engine.add_request(ids, params)
+            box = self._open([request])
+        yield from self._updates([request], box)
+
+    def _open(self, requests: Iterable[str]) -> list[Update]:
+        box: list[Update] = []
+        self._boxes.update((request, box) for request in requests)
+        return box
+
+    def _updates(self, requests: Iterable[str], box: list[Update]) -> Iterator[Update]:
+        """What is added to some requests until they end, by a step of this call or of another one.
+
+        They are given up where the loop is left before, by Ctrl-C for one: no later call must find them.
+        """
+        unfinished = set(requests)
         try:
-            while request in self.engine.requests:
-                for update in self.engine.step():
-                    if update.request_id == request:
-                        yield update
+            while unfinished:
+                with self._lock:
+                    if not box:
+                        for update in self.engine.step():
+                            if update.request_id in self._boxes:
+                                self._boxes[update.request_id].append(update)
+                    if not box:
+                        unfinished.intersection_update(self.engine.requests)
+                    updates, box[:] = list(box), []
+                for update in updates:
+                    if update.usage is not None:
+                        unfinished.discard(update.request_id)
+                    yield update
         finally:
-            self.engine.abort(request)
+            with self._lock:
+                for request in requests:
+                    self.engine.abort(request)
+                    self._boxes.pop(request, None)
 
 
 def _completion(sequence: Sequence) -> Completion:
