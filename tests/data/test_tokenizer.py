@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -52,6 +53,29 @@ def test_batch_equals_the_library_on_code(tokenizer: Tokenizer) -> None:
     shuffled = ["".join(rng.sample(piece, len(piece))) for piece in pieces]
     for batch in (SAMPLE, pieces, shuffled):
         assert tokenizer.encode_batch(batch) == [tokenizer.encode(text) for text in batch]
+
+
+def test_a_long_text_leaves_other_threads_running(tokenizer: Tokenizer) -> None:
+    """A server answers others while a megabyte is encoded."""
+    text = "def add(a, b): é 🙂\n" * 20_000
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = ticks
+        ids = tokenizer.encode(text)
+        during = ticks - before
+    finally:
+        done.set()
+        thread.join()
+    assert during > 10
+    assert ids == tokenizer._plain.encode(text, add_special_tokens=False).ids
 
 
 def test_remembered_pieces_are_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

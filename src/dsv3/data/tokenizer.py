@@ -34,6 +34,7 @@ PATTERNS = (
     "|\\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 )
+LONG = 10_000  # characters from which on a text is encoded as a batch of one
 MAX_LENGTH = 131_072  # tokens; the released tokenizer's model_max_length
 
 
@@ -191,14 +192,20 @@ class Tokenizer:
         """
         text = clean(text)
         if not special or self._split is None:
-            return self._plain.encode(text, add_special_tokens=False).ids
+            return self._ids(text)
         ids: list[int] = []
         for place, piece in enumerate(self._split.split(text)):
             if place % 2:
                 ids.append(self.added[piece])
             elif piece:
-                ids.extend(self._plain.encode(piece, add_special_tokens=False).ids)
+                ids.extend(self._ids(piece))
         return ids
+
+    def _ids(self, text: str) -> list[int]:
+        if len(text) < LONG:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        # A second a megabyte or more, and only the library's batches let other threads run meanwhile.
+        return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain ids of many texts, the same as :meth:`encode` gives one by one but faster."""
