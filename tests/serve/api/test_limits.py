@@ -90,13 +90,28 @@ def test_a_body_too_large_is_refused_declared_or_not(serving: Serving) -> None:
         assert api.http.post(CHAT, json={**ASK, "max_tokens": 1}).status_code == 200
 
 
+def test_errors_name_the_kind_of_value_that_was_meant(api: Api) -> None:
+    """Where a field may be of several kinds, not what the first of them wants."""
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+    said = error(api.http.post(CHAT, json={**ASK, "messages": [picture]}), 422)
+    assert said["param"] == "messages.0.content.0.type" and "'text'" in said["message"]
+    for prompt, param, words in (
+        ([], "prompt", "at least 1 item"),
+        ([1, -1], "prompt.1", "(-1): Input should be greater than or equal to 0"),
+        (["a"] * 300, "prompt", "at most 256 items"),
+    ):
+        said = error(api.http.post("/v1/completions", json={"prompt": prompt}), 422)
+        assert said["param"] == param and words in said["message"]
+
+
 def test_errors_have_one_shape(api: Api) -> None:
     headers = {"content-type": "application/json"}
     for content in (b"{", b"\xff", b"[" * 50_000, b'{"messages": ' + b"9" * 5000 + b"}"):
         error(api.http.post(CHAT, content=content, headers=headers), 400)
-    error(api.http.post(CHAT, content=b"[]", headers=headers), 422)
-    error(api.http.post(CHAT, content=b"", headers=headers), 422)
-    error(api.http.post(CHAT, content=json.dumps(ASK).encode(), headers={"content-type": "text/plain"}), 422)
+    plain = {"content-type": "text/plain"}
+    for content, kind in ((b"[]", headers), (b"", headers), (json.dumps(ASK).encode(), plain)):
+        said = error(api.http.post(CHAT, content=content, headers=kind), 422)["message"]
+        assert said == "the body must be a JSON object, sent with the header Content-Type: application/json"
     bad = json.dumps({**ASK, "temperature": float("nan")}).encode()
     assert error(api.http.post(CHAT, content=bad, headers=headers), 422)["param"] == "temperature"
     surrogate = json.dumps({**ASK, "model": "\ud800"}).encode()

@@ -97,13 +97,24 @@ def refused(error: UserError) -> ApiError:
 
 
 def _named(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """The field of the first thing wrong with a request, and a line on it that quotes a short value only."""
-    first = errors[0]
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
+    """The field of the first thing wrong with a request, and a line on it that quotes a short value only.
+
+    Of a value that may be one of several kinds, the kind that fits furthest: it is the one that was meant.
+    """
+    same = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    first = max(same, key=lambda error: (not error["type"].endswith("_type"), len(error["loc"])))
+    field = ".".join(str(part) for part in first["loc"] if part != "body" and not _is_kind(part))
+    if not field and first["type"] in ("missing", "model_attributes_type"):
+        return "", "the body must be a JSON object, sent with the header Content-Type: application/json"
     value = first.get("input")
     said = f" ({value!r})" if isinstance(value, str | int | float) and len(repr(value)) <= 40 else ""
     why = str(first["msg"]).removeprefix("Value error, ")
     return field, f"{field}{said}: {why}" if field else why
+
+
+def _is_kind(part: str | int) -> bool:
+    """Whether a part of a place is no field but one of the kinds that a value may be."""
+    return isinstance(part, str) and (part in ("str", "constrained-str") or "[" in part or part[:1].isupper())
 
 
 def install(app: FastAPI) -> None:
