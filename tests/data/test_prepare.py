@@ -358,6 +358,16 @@ def test_refusals(
         assert contents(tmp_path) == before, "refused before anything is written"
 
 
+def test_text_mended_before_anything_was_made_goes_on(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["tokenizer"] = {"vocab_size": 300}
+    bad = tmp_path / "a" / "rows.jsonl"
+    bad.write_text('{"text": "good"}\nnot JSON\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl: line 2 is not JSON"):
+        prepare(recipe(tree))
+    bad.write_text('{"text": "good"}\n')
+    assert (prepare(recipe(tree)) / "manifest.json").is_file()
+
+
 def test_too_little_disk(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match=r"needs about \d+KB, the disk has 1KB free"):

@@ -29,6 +29,13 @@ def _gzip(path: Path) -> Path:
     return path
 
 
+def _zst(path: Path) -> Path:
+    zstandard = pytest.importorskip("zstandard")
+    path = path / "rows.jsonl.zst"
+    path.write_bytes(zstandard.compress(_lines(WANTED).encode()))
+    return path
+
+
 def _parquet(path: Path) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -44,13 +51,15 @@ def _datasets(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("write", [_plain, _gzip, _parquet, _datasets])
+@pytest.mark.parametrize("write", [_plain, _gzip, _zst, _parquet, _datasets])
 def test_every_kind_gives_the_same_rows(write: Callable[[Path], Path], tmp_path: Path) -> None:
     path = write(tmp_path)
     found = list(rows.read([str(path)]))
     assert [row.fields for row in found] == WANTED
     assert [row.where.startswith(str(path)) for row in found] == [True, True]
-    assert rows.count([str(path)]) == (3 if path.suffix in (".jsonl", ".gz") else 2)  # with a blank line
+    assert rows.count([str(path)]) == (
+        3 if path.suffix in (".jsonl", ".gz", ".zst") else 2
+    )  # with a blank line
 
 
 def test_a_folder_stands_for_its_files_in_order(tmp_path: Path) -> None:

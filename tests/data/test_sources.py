@@ -92,6 +92,11 @@ def test_damaged_rows_name_their_line(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(UserError, match=r"x\.jsonl: line 2 is not JSON"):
         documents(SourceConfig(name="s", paths=[str(tmp_path)]))
+    # Far enough up in the file that a reader which decodes ahead of the line would name another.
+    rows = b'\xef\xbb\xbf{"text": "a"}\n' + b'{"text": "b"}\n' * 49 + b'{"text": "\xff"}\n'
+    (tmp_path / "x.jsonl").write_bytes(rows)
+    with pytest.raises(UserError, match=r"x\.jsonl: line 51 is not JSON in UTF-8"):
+        documents(SourceConfig(name="s", paths=[str(tmp_path)]))
     (tmp_path / "x.jsonl").unlink()
     whole = gzip.compress(b'{"text": "a"}\n' * 1000)
     (tmp_path / "x.jsonl.gz").write_bytes(whole[: len(whole) // 2])

@@ -69,6 +69,9 @@ def check_out(out: Path, state: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not out.is_dir():
         raise UserError(f"out ({out}) is not a folder: choose another out")
+    made = {str(entry.relative_to(out)) for entry in (*out.iterdir(), *(out / "work").glob("*"))}
+    if made - {".lock"} == {"work", "work/plan.json"}:  # stopped at a bad row, say, that has been mended
+        return None
     for file in (out / "manifest.json", out / "work" / "plan.json"):
         if not file.is_file():
             continue

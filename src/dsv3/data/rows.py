@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import importlib.util
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ def open_unpacked(path: str | Path) -> IO[bytes]:
     if name.endswith(".zst"):
         import zstandard
 
-        return cast(IO[bytes], zstandard.open(name, "rb"))
+        return io.BufferedReader(zstandard.open(name, "rb"))  # its own reader has no lines
     return open(name, "rb")
 
 

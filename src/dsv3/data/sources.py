@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import sysconfig
@@ -221,11 +220,14 @@ def _field(row: Any, name: str, origin: str, skipped: Skipped) -> Iterator[Docum
 
 
 def _rows(path: str, origin: str, name: str, skipped: Skipped) -> Iterator[Document]:
-    with io.TextIOWrapper(open_unpacked(path), encoding="utf-8") as lines:
+    number = 0
+    with open_unpacked(path) as lines:
         try:
+            # Bytes, decoded a line at a time: a text file decodes ahead, and would name an earlier line.
             for number, line in enumerate(lines):
                 if line.strip():
-                    yield from _field(json.loads(line), name, f"{origin}:{number}", skipped)
+                    row = json.loads(line.decode("utf-8-sig"))
+                    yield from _field(row, name, f"{origin}:{number}", skipped)
         except ValueError as error:
             raise UserError(f"{path}: line {number + 1} is not JSON in UTF-8 ({error})") from None
         except (EOFError, OSError) as error:
