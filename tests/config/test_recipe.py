@@ -110,6 +110,20 @@ def test_refusals(tmp_path: Path, text: str, overrides: list[str], said: str) ->
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"path": ["a"]}, "unknown key sources.0.path (did you mean paths?)"),
+        ({"needles": {"short": 3}}, "unknown key sources.0.needles.short (did you mean shortest?)"),
+        ({"paths": "a"}, "sources.0.paths ('a'): must be a list, e.g. [a]"),
+    ],
+)
+def test_refusals_inside_a_list(source: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        validate(DataRecipe, {"out": "o", "sources": [{"name": "s", **source}]})
+    assert said in str(caught.value)
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load(Run, tmp_path / "none.yaml")

@@ -278,7 +278,7 @@ def test_another_recipe_does_not_go_on(tmp_path: Path) -> None:
     before = (tmp_path / "attempts.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"seed \(3\) differs from the run in"):
         distill(recipe_of(tmp_path, seed=3), resume=True)
-    with pytest.raises(UserError, match=r"expert .* differs"):
+    with pytest.raises(UserError, match=r"^expert\.slips \(0\.1\) differs from the run in \S+ \("):
         distill(recipe_of(tmp_path, expert={"slips": 0.1}), resume=True)
     with pytest.raises(UserError, match="already holds attempts"):
         distill(recipe_of(tmp_path))

@@ -169,8 +169,13 @@ def test_another_model_is_not_resumed(recipe_tree: dict, tmp_path: Path) -> None
     tree = {**recipe_tree, "out": str(tmp_path / "run"), "total_tokens": 2 * 8 * 32}
     out = pretrain(recipes.validate(PretrainRecipe, tree))
     (out / "model").rename(tmp_path / "model")
-    for change, words in (({"seed": 1}, "seed"), ({"sequence_length": 16}, "sequence_length")):
-        with pytest.raises(UserError, match=rf"{words} .* differs from the run"):
+    wider = {"model": {**tree["model"], "moe_intermediate_size": 48}}
+    for change, words in (
+        ({"seed": 1}, r"seed \(1\)"),
+        ({"sequence_length": 16}, r"sequence_length \(16\)"),
+        (wider, r"model\.moe_intermediate_size \(48\)"),  # the key alone, not the section in two versions
+    ):
+        with pytest.raises(UserError, match=rf"^{words} differs from the run in \S+ \(\d+\); use"):
             pretrain(recipes.validate(PretrainRecipe, {**tree, **change}), "auto")
 
 

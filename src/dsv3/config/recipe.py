@@ -180,6 +180,27 @@ def _expand(cls: type[BaseModel], tree: Any) -> Any:
     return expanded
 
 
+def _hint_in_list(cls: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """The known key nearest to an unknown one of a list's entry, from where pydantic found it."""
+    kind: type[BaseModel] | None = cls
+    for name in place[:-1]:
+        if isinstance(name, str) and kind is not None:
+            kind = _entry(kind, name) if name in kind.model_fields else None
+    if kind is None:
+        return ""
+    return nearest(str(place[-1]), kind.model_fields) or f"; known here: {', '.join(kind.model_fields)}"
+
+
+def _entry(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
+    """The recipe class behind a field that is a section, or a list of them."""
+    kinds = [cls.model_fields[field].annotation]
+    for kind in kinds:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        kinds += get_args(kind)
+    return None
+
+
 def validate(cls: type[R], tree: dict[str, Any]) -> R:
     """Build a recipe from plain data; raises :class:`UserError` naming the first bad key and its value."""
     tree = _expand(cls, tree)
@@ -192,6 +213,10 @@ def validate(cls: type[R], tree: dict[str, Any]) -> R:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise UserError(f"{where} is required: set it in the recipe or with --{where} VALUE") from None
+        if first["type"] == "extra_forbidden":  # in an entry of a list; elsewhere _refuse_unknown was first
+            raise UserError(f"unknown key {where}{_hint_in_list(cls, first['loc'])}") from None
+        if first["type"] in ("list_type", "tuple_type"):
+            message = f"must be a list, e.g. [{first.get('input')}]"
         if first["type"] == "value_error" and isinstance(first.get("input"), dict):
             raise UserError(message) from None  # a validator over a whole section names its own fields
         raise UserError(f"{where} ({first.get('input')!r}): {message}") from None
@@ -242,6 +267,18 @@ def _verb_of(tree: dict[str, Any]) -> str | None:
         if _knows(getattr(importlib.import_module(f"dsv3.config.{module}"), name), tree):
             known.append(verb)
     return known[0] if len(known) == 1 else None
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Where two dumped recipes differ: the dotted key of each value with what it was and what it is."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [(key, before, now)]
+    names = dict.fromkeys([*now, *before])
+    return [
+        found
+        for name in names
+        for found in differences(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    ]
 
 
 def dump(recipe: BaseModel) -> str:

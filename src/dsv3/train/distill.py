@@ -268,9 +268,10 @@ def _read(
         tree["expert"] = {k: v for k, v in tree.get("expert", {}).items() if k not in _CONNECTION}
     changed = [key for key in now if key not in _MAY_CHANGE and before.get(key) != now[key]]
     if changed:
+        name, was, asked = recipes.differences(before.get(changed[0]), now[changed[0]], changed[0])[0]
         raise UserError(
-            f"{changed[0]} ({now[changed[0]]}) differs from the run in {journal.parent}"
-            f" ({before.get(changed[0])}); use its recipe.yaml, or another --out"
+            f"{name} ({asked}) differs from the run in {journal.parent} ({was});"
+            " use its recipe.yaml, or another --out"
         )
     found: dict[str, list[Attempt]] = {}
     for raw in journal.read_bytes().split(b"\n")[:-1]:  # what follows the last line break was cut off

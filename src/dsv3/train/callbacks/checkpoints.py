@@ -18,6 +18,7 @@ from torch import Tensor
 from dsv3.checkpoint import distributed
 from dsv3.checkpoint import run as checkpoints
 from dsv3.common.errors import UserError
+from dsv3.config.recipe import differences
 from dsv3.parallel.world import biases
 from dsv3.train.optimizer import load_state_tensors, state_tensors
 from dsv3.train.run import RunFolder
@@ -123,8 +124,9 @@ def resume(trainer: Trainer, folder: Path) -> list[str]:
             continue
         if key == "batch":  # the step's size may change, the loader counts sequences
             continue
+        name, was, asked = differences(before.get(key), now[key], key)[0]
         raise UserError(
-            f"{key} ({now[key]}) differs from the run in {folder.parent.parent} ({before.get(key)}); "
+            f"{name} ({asked}) differs from the run in {folder.parent.parent} ({was}); "
             "use that run's recipe.yaml, or another --out"
         )
     tensors = _load(trainer, folder)
@@ -132,7 +134,7 @@ def resume(trainer: Trainer, folder: Path) -> list[str]:
     load_state_tensors(trainer.optimizer, trainer.weights, tensors)
     for callback in trainer.callbacks:
         callback.on_resume(trainer, tensors)
-    return _differences(before, now)
+    return [f"{key} {was} -> {is_now}" for key, was, is_now in differences(before, now) if key != "out"]
 
 
 _STATES = ("exp_avg", "exp_avg_sq", "ema", "step")  # what is kept of each parameter beside itself
@@ -204,10 +206,3 @@ def _as_read_now(trainer: Trainer, saved: dict[str, Any]) -> dict[str, Any]:
         return type(trainer.recipe).model_validate(saved).model_dump(mode="json")
     except ValidationError:
         return saved
-
-
-def _differences(before: Any, now: Any, key: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [name for name in now if name != "out" or key]
-        return [line for name in names for line in _differences(before.get(name), now[name], f"{key}.{name}")]
-    return [] if before == now else [f"{key[1:]} {before} -> {now}"]
