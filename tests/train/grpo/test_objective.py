@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def test_it_learns(make: Make, tokenizer: Tokenizer, preset: str, steps: int) ->
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_what_a_run_writes(make: Make, replay: bool) -> None:
+def test_what_a_run_writes(make: Make, replay: bool, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make(
         tasks=[{"name": "sums", "weight": 2}], rewards=[
             {"function": "task"}, {"function": make().rewards[0].function, "weight": 0.5},
@@ -88,6 +89,7 @@ def test_what_a_run_writes(make: Make, replay: bool) -> None:
     )  # fmt: skip
     out = grpo(recipe)
     assert out is not None
+    assert re.search(r"100%.* loss -?\d.*  reward \d\.\d{3}  lr", capsys.readouterr().err)
     lines = read_lines(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     fresh = {
@@ -185,6 +187,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rewards": [{"function": "tasks"}]}, r"rewards.function \(tasks\) is unknown \(did you mean task\?\)"),
     ({"rewards": [{"function": "nowhere.py:f"}]}, "nowhere.py does not exist"),
     ({"rewards": [{"function": "task"}, {"function": "task"}]}, "rewards name task twice"),
+    ({"rewards": [{"function": "task"}]}, r"rewards.function \(task\): no prompt belongs to a task"),
     ({"rewards": [{"function": "model:nowhere"}]}, "nowhere folder does not exist"),
     ({"prompts": {"paths": ["nowhere.jsonl"]}}, "nowhere.jsonl does not exist"),
     ({"sequence_length": 15}, r"prompts.jsonl:2: the prompt has \d+ tokens"),

@@ -69,6 +69,7 @@ class Metrics(Callback):
 
     def __init__(self, run: RunFolder):
         self.run = run
+        self.reward = ""  # the last, which steps on the same rollouts do not tell again
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the bar (and the tracker) where the run stands."""
@@ -93,7 +94,9 @@ class Metrics(Callback):
                 worst = max(record["max_violation"].values(), default=0.0)
                 self.tracker({**numbers, "max_violation_worst": worst}, trainer.state.step)
         if self.run.progress is not None:
-            self.run.progress.note(f"loss {record['loss']:.3f}  lr {record['lr']:.1e}")
+            if record.get("reward") is not None:  # a policy's loss is near 0 whatever it learns
+                self.reward = f"  reward {record['reward']:.3f}"
+            self.run.progress.note(f"loss {record['loss']:.3f}{self.reward}  lr {record['lr']:.1e}")
             seen = min(trainer.seen, trainer.objective.extent.total)
             self.run.progress.advance(max(0, seen - self.run.progress.done))
 

@@ -129,6 +129,7 @@ def draw_expert_load(steps: list[dict[str, Any]], path: Path, most: int = 6) -> 
         )  # fmt: skip
         axis.grid(False)
         axis.set(title=names[layer], xlabel="tokens", ylabel="expert")
+        axis.yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes, label="load / mean load", shrink=0.8)
     figure.savefig(path)
 

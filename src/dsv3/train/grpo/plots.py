@@ -27,8 +27,10 @@ def _column(lines: list[dict[str, Any]], key: str) -> tuple[list[int], list[floa
 
 def draw_reward(lines: list[dict[str, Any]], path: Path) -> None:
     """Reward with its spread and each function's mean; held-out accuracy by task."""
-    figure, axes = blank(1, 2, 10, 3.8)
-    left, right = axes[0]
+    tasks = sorted({key for line in lines for key in line if key.startswith("accuracy/")})
+    panels = 2 if tasks else 1  # prompts of one's own have no held-out examples
+    figure, axes = blank(1, panels, 5 * panels, 3.8)
+    left = axes[0, 0]
     steps, reward = _column(lines, "reward")
     _, spread = _column([line for line in lines if line.get("reward") is not None], "reward_std")
     left.plot(steps, reward, color="C0", label="reward")
@@ -42,11 +44,13 @@ def draw_reward(lines: list[dict[str, Any]], path: Path) -> None:
         left.plot(*_column(lines, key), f"C{number}", linewidth=1, label=key.split("/")[1])
     left.set(xlabel="steps", ylabel="reward of the rollouts")
     left.legend(frameon=False, fontsize=8)
-    for key in sorted({key for line in lines for key in line if key.startswith("accuracy/")}):
-        steps, values = _column(lines, key)
-        right.plot(steps, [100 * value for value in values], marker="o", ms=3, label=key.split("/")[1])
-    right.set(xlabel="steps", ylabel="held-out accuracy (%)", ylim=(0, 100))
-    if right.lines:
+    left.xaxis.get_major_locator().set_params(integer=True)
+    if tasks:
+        right = axes[0, 1]
+        for key in tasks:
+            steps, values = _column(lines, key)
+            right.plot(steps, [100 * value for value in values], marker="o", ms=3, label=key.split("/")[1])
+        right.set(xlabel="steps", ylabel="held-out accuracy (%)", ylim=(0, 100))
         right.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 

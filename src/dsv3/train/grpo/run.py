@@ -37,6 +37,7 @@ def grpo(recipe: GRPORecipe, resume_from: str | None = None) -> Path | None:
     options = recipe.rollouts
     prompts = Prompts(recipe, tokenizer, recipe.sequence_length - options.max_tokens)
     rewards = resolve(recipe, device)
+    check_verifiers(recipe, prompts)
     check_start(recipe)
     world = enter_data_ranks(recipe, device)
 
@@ -61,6 +62,16 @@ def grpo(recipe: GRPORecipe, resume_from: str | None = None) -> Path | None:
         callbacks.append(Plots(run, draw))
     files = tokenizer_files(recipe.start)
     return train_stage(recipe, model, objective, run, checkpoint, files, callbacks, world)
+
+
+def check_verifiers(recipe: GRPORecipe, prompts: Prompts) -> None:
+    """Refuse the reward ``task`` where no prompt belongs to a task: it would judge nothing, in silence."""
+    named = any(section.function == "task" for section in recipe.rewards)
+    if named and not recipe.tasks and not any(row.fields.get("task") for row in prompts.rows):
+        raise UserError(
+            "rewards.function (task): no prompt belongs to a task with a verifier; fill tasks, or name boxed"
+            " or a function of your own (FILE.py:NAME)"
+        )
 
 
 def enter_data_ranks(recipe: GRPORecipe, device: torch.device) -> World:
