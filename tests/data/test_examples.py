@@ -119,7 +119,7 @@ def test_tools_are_told_and_calls_bear_loss(tokenizer: Tokenizer) -> None:
         ({"messages": [say("user", 3), say("assistant", "a")]}, r"messages\[0\].content .3. must be"),
         ({"prompt": "q"}, "completion is missing: prompt and completion go together"),
         ({"prompt": None, "completion": "a"}, "prompt is missing"),
-        ({"prompt": "q", "completion": 3}, "completion .3. must be a list of messages"),
+        ({"prompt": "q", "completion": 3}, "completion .3. must be a text or a list of messages"),
         ({"prompt": "q", "completion": [say("user", "a")]}, "completion must begin with a message of the as"),
         ({"prompt": "q", "completion": "a", "tools": ["f"]}, r"tools\[0\]"),
     ],

@@ -240,7 +240,11 @@ def test_other_examples_are_not_resumed_over(make_recipe) -> None:
         ),
         (
             {"data": {"train": "ROWS", "valid_fraction": 1e-6}},
-            r"leaves 37 examples to train on and 0 held out",
+            r"leaves 37 examples to train on and 0 held out; change it",
+        ),
+        (
+            {"data": {"train": "ROWS", "valid_fraction": 1e-6, "long": "drop"}, "sequence_length": 20},
+            r"of 37 rows \(\d+ dropped: too long for sequence_length 20\) leaves .*; change sequence_length",
         ),
         ({"start": None}, "start is required"),
     ],

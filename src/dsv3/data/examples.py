@@ -90,7 +90,8 @@ def _as_messages(value: Any, role: str) -> Any:
 def _conversation(value: Any, column: str) -> list[Mapping[str, Any]]:
     """Messages with their reasoning put where the template has it."""
     if not isinstance(value, list) or not value or not all(isinstance(m, Mapping) for m in value):
-        raise UserError(f"{column} ({value!r}) must be a list of messages that is not empty")
+        text = "" if column == "messages" else "a text or "
+        raise UserError(f"{column} ({value!r}) must be {text}a list of messages that is not empty")
     found = []
     for number, message in enumerate(value):
         thought = message.get("reasoning_content")

@@ -85,14 +85,18 @@ def open_tokenizer(recipe: SFTRecipe) -> Tokenizer:
 def read_examples(recipe: SFTRecipe, tokenizer: Tokenizer, shown: bool) -> tuple[Examples, Examples]:
     """Examples to train on and examples held out, tokenised. ``shown``: with progress."""
     data = recipe.data
-    train = _gather(recipe, tokenizer, data.train, shown)
+    found = _gather(recipe, tokenizer, data.train, shown)
     if data.valid:
-        return train, _gather(recipe, tokenizer, data.valid, shown)
-    train, held_out = train.split(data.valid_fraction)
+        return found, _gather(recipe, tokenizer, data.valid, shown)
+    train, held_out = found.split(data.valid_fraction)
     if not len(held_out) or not len(train):
+        dropped = ""
+        if found.dropped:
+            dropped = f" ({found.dropped} dropped: too long for sequence_length {recipe.sequence_length})"
         raise UserError(
-            f"data.valid_fraction ({data.valid_fraction:g}) of {train.read} rows leaves"
-            f" {len(train)} examples to train on and {len(held_out)} held out; change it, or name data.valid"
+            f"data.valid_fraction ({data.valid_fraction:g}) of {found.read} rows{dropped} leaves {len(train)}"
+            f" examples to train on and {len(held_out)} held out; change"
+            f" {'sequence_length' if dropped else 'it'}, or name data.valid"
         )
     return train, held_out
 
