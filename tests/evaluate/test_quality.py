@@ -74,12 +74,15 @@ def test_a_packed_head_says_the_same_as_its_logits() -> None:
         ({"length": 10_000}, r"has \d+ tokens; --length \(10000\) must be less"),
         ({"formats": ["int3"]}, r"quantize \('int3'\) is unknown"),
         ({"source": "other"}, "another tokenizer than the model"),
+        ({"source": "texts"}, r"texts\) holds no prepared data .* or give one text file"),
     ],
     ids=str,
 )
 def test_refusals(folder: Path, changes: dict[str, Any], says: str) -> None:
     (folder.parent / "other").mkdir(exist_ok=True)
     train(["something else entirely"] * 9, 300).save(folder.parent / "other")
+    (folder.parent / "other" / "manifest.json").touch()
+    (folder.parent / "texts").mkdir(exist_ok=True)
     arguments = {"source": "text.txt", "formats": [], "length": 16, **changes}
     source = folder.parent / arguments.pop("source")
     with pytest.raises(UserError, match=says) as caught:

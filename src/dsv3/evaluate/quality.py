@@ -25,6 +25,11 @@ def read(tokenizer: Tokenizer, source: Path, length: int, sequences: int) -> dic
     :class:`UserError` for text shorter than one sequence, and for data of another tokenizer.
     """
     if source.is_dir():
+        if not (source / "manifest.json").is_file():
+            raise UserError(
+                f"--data ({source}) holds no prepared data (no manifest.json): run dsv3 data prepare"
+                " on it, or give one text file"
+            )
         if Tokenizer.load(source).token_bytes != tokenizer.token_bytes:
             raise UserError(f"--data ({source}) has another tokenizer than the model; give it as a text file")
         found = {}
