@@ -9,6 +9,7 @@ are taken as even, time as spent on nothing else.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,6 +37,13 @@ class Demand:
     hit: float = 0.563
     prompt: int = 4383
     context: int = 4989
+
+    def __post_init__(self) -> None:
+        for field in ("input_rate", "output_rate"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise UserError(
+                    f"{field} ({getattr(self, field):g}) must be a finite number of tokens a second"
+                )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ overlapped (``overlapped``; without overlap F + B).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from dsv3.common.errors import UserError
@@ -26,14 +27,14 @@ class Times:
 
     def __post_init__(self) -> None:
         for field in ("forward", "backward", "weight"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"{field} ({getattr(self, field):g}) must be more than 0")
+            if not 0 < getattr(self, field) < math.inf:
+                raise UserError(f"{field} ({getattr(self, field):g}) must be more than 0, and finite")
         if self.weight >= self.backward:
             raise UserError(
                 f"weight ({self.weight:g}) must be less than backward ({self.backward:g}), which holds it"
             )
-        if self.communication < 0:
-            raise UserError(f"communication ({self.communication:g}) must not be negative")
+        if not 0 <= self.communication < math.inf:
+            raise UserError(f"communication ({self.communication:g}) must not be negative, and finite")
         least = max(self.forward, self.backward)
         if self.overlapped is not None and not least <= self.overlapped <= self.forward + self.backward:
             raise UserError(

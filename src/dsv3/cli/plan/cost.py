@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,9 @@ def cost(
         if given is not None:
             values[key] = given
     total = values.pop("tokens")
+    for key, wish in (("--tokens", total), ("--usd-hour", usd_hour or 0.0)):
+        if not math.isfinite(wish):
+            raise UserError(f"{key} ({wish}) must be finite")
     run = model.Run(config, layout, machine, mtp=config.num_nextn_predict_layers > 0, **values)
     model.check(run)
     if efficiency is not None and not 0 < efficiency <= 1:
