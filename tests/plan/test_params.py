@@ -33,6 +33,15 @@ def test_published_counts_of_the_released_model() -> None:
     assert kv_bytes_per_token(config) == 70_272
 
 
+def test_a_model_in_a_line() -> None:
+    assert params.describe(ModelConfig.preset("v3-671b")) == (
+        "671.0B parameters and 11.6B for MTP (depth 1), 36.6B activated a token; 61 layers, 58 with 8 of 256"
+        " experts a token; vocabulary 129,280"
+    )
+    dense = params.describe(tiny_config(first_k_dense_replace=9, num_nextn_predict_layers=0))
+    assert "3 layers, none with experts; vocabulary 61" in dense and "MTP" not in dense
+
+
 def test_by_hand() -> None:
     """Every part of a small model, multiplied out."""
     config = tiny_config(num_nextn_predict_layers=2)

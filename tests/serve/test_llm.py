@@ -305,6 +305,25 @@ def test_threads_share_an_engine(llm: dsv3.LLM) -> None:
     assert found == alone
 
 
+def test_a_stream_forgotten_within_a_step(llm: dsv3.LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may close it anywhere: it waits for nobody, and goes before the next step."""
+    (expected,) = llm.generate([[5, 6, 7]], GREEDY)
+    stream = llm.stream([9, 10], replace(GREEDY, ignore_eos=True))
+    next(stream)
+    step, open_within = llm.engine.step, list[int]()
+
+    def collecting() -> list[Update]:
+        stream.close()  # type: ignore[attr-defined]
+        open_within.append(len(llm.engine.requests))
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", collecting)
+    (found,) = llm.generate([[5, 6, 7]], GREEDY)
+    assert found.token_ids == expected.token_ids
+    assert open_within[0] == 2 and set(open_within[1:]) == {1}
+    assert not llm.engine.busy and not llm._boxes
+
+
 @pytest.mark.parametrize(
     "prompts", [None, 5, b"abc", {"prompt": "x"}, [[1.5]], [None], ["fine", ["a"]]], ids=repr
 )

@@ -130,6 +130,26 @@ def counts(config: ModelConfig) -> ParamCounts:
     )
 
 
+def billions(count: int) -> str:
+    """``671.0B``, ``15.2M``."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def describe(config: ModelConfig) -> str:
+    """Size and shape in a line."""
+    found, layers, modules = counts(config), config.num_hidden_layers, config.num_nextn_predict_layers
+    routed = sum(map(config.is_moe, range(layers)))
+    mtp = f" and {billions(found.mtp)} for MTP (depth {modules})" if modules else ""
+    shape = f"{layers} layers, none with experts"
+    if routed:
+        chosen = f"{config.num_experts_per_tok} of {config.n_routed_experts} experts"
+        shape = f"{layers} layers, {routed} with {chosen} a token"
+    return (
+        f"{billions(found.main)} parameters{mtp}, {billions(found.activated)} activated a token;"
+        f" {shape}; vocabulary {config.vocab_size:,}"
+    )
+
+
 def train_flops_by_part(config: ModelConfig, seq_len: int, mtp: bool = True) -> dict[str, int]:
     """Floating-point operations of training on one token, forward and backward, in sequences of ``seq_len``.
 

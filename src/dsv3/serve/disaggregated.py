@@ -35,8 +35,9 @@ from dsv3.common.errors import Failure, UserError
 from dsv3.data.tokenizer import Tokenizer
 from dsv3.serve.channel import Broken, Channel, wait
 from dsv3.serve.handover import logprobs_from_json
-from dsv3.serve.llm import Completion, Output, Prompt
+from dsv3.serve.llm import Completion, Output
 from dsv3.serve.params import SamplingParams
+from dsv3.serve.prompts import Prompt, encode, pairs
 from dsv3.serve.updates import Update, Usage
 
 PREFILL, DECODE = "prefill", "decode"
@@ -82,8 +83,8 @@ class Disaggregated:
 
     ``folder``: a Hugging Face folder; its tokenizer is used if it has one. ``dtype``, ``device``,
     ``quantize`` and ``options`` as for :class:`dsv3.LLM`, for either process (each holds the model and a
-    cache of its own). ``timeout``: seconds; longer than the longest step. Use as a context manager, or
-    :meth:`close` it.
+    cache of its own). ``timeout``: seconds; longer than the longest step. For one thread, whose streams may
+    be read in turns. Use as a context manager, or :meth:`close` it.
     """
 
     def __init__(
@@ -133,11 +134,7 @@ class Disaggregated:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids; an empty text is a begin-of-sentence token."""
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self.tokenizer is None:
-            raise UserError("a text prompt needs a tokenizer in the model's folder; give token ids")
-        return self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
+        return encode(prompt, self.tokenizer)
 
     def generate(
         self, prompts: Prompt | Many[Prompt], params: SamplingParams | Many[SamplingParams] | None = None
@@ -146,13 +143,9 @@ class Disaggregated:
 
         Raises :class:`Failure` naming the process that died or fell silent; nothing of the call goes on then.
         """
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        many = [self.encode(prompt) for prompt in ([prompts] if one else prompts)]  # type: ignore[arg-type]
-        wishes = [params or SamplingParams()] * len(many) if not isinstance(params, Many) else list(params)
-        if len(wishes) != len(many):
-            raise UserError(f"params ({len(wishes)}) must be one, or as many as prompts ({len(many)})")
+        asked = pairs(prompts, params, self.encode)
         self._ready()
-        requests = [self._ask(prompt, wish) for prompt, wish in zip(many, wishes)]
+        requests = [self._ask(prompt, wish) for prompt, wish in asked]
         try:
             while not all(request.finished for request in requests):
                 self._turn()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,10 +22,9 @@ from dsv3.model import DeepSeekV3
 from dsv3.serve.engine import Engine
 from dsv3.serve.options import Options
 from dsv3.serve.params import SamplingParams
+from dsv3.serve.prompts import Prompt, encode, pairs
 from dsv3.serve.sequence import Sequence, TokenLogprob
 from dsv3.serve.updates import Update, Usage
-
-Prompt = str | Many[int]
 
 
 @dataclass(frozen=True)
@@ -102,29 +101,21 @@ class LLM:
             raise UserError("dtype and quantize are for a folder; a model comes as it is")
         self.tokenizer = tokenizer
         self.engine = Engine(model, tokenizer, settings)
-        self._lock = threading.RLock()  # a forgotten stream may be collected, and given up, where it is held
-        self._boxes: dict[
-            str, list[Update]
-        ] = {}  # of a request: where its call finds what any call's step made
+        self._lock = threading.Lock()
+        # Of each request: where its call finds what any call's step made for it.
+        self._boxes: dict[str, list[Update]] = {}
+        self._left: deque[str] = deque()  # to be given up
 
     def encode(self, prompt: Prompt, suffix: str | None = None) -> list[int]:
         """A prompt as token ids; an empty text is a begin-of-sentence token.
 
         With ``suffix``: fill in the middle, what is asked for stands between the two (PSM, report 4.1).
         """
-        if not isinstance(prompt, str):
-            try:
-                if isinstance(prompt, bytes):
-                    raise TypeError
-                return [operator.index(token) for token in prompt]
-            except TypeError:
-                raise UserError(f"prompt ({prompt!r:.60}) must be a text or a list of token ids") from None
-        if self.tokenizer is None:
-            raise UserError("a text prompt needs a tokenizer: pass tokenizer=..., or token ids as the prompt")
-        ids = self.tokenizer.encode(prompt)
-        if suffix is not None:
-            return join(self.tokenizer, ids, [], self.tokenizer.encode(suffix))
-        return ids or [self.tokenizer.bos_id]
+        if suffix is None:
+            return encode(prompt, self.tokenizer)
+        if self.tokenizer is None or not isinstance(prompt, str):
+            raise UserError("suffix is for a text prompt, and needs a tokenizer: pass tokenizer=...")
+        return join(self.tokenizer, self.tokenizer.encode(prompt), [], self.tokenizer.encode(suffix))
 
     def generate(
         self,
@@ -136,28 +127,17 @@ class LLM:
 
         ``params``: for all, or one each. ``progress`` shows a bar of finished prompts.
         """
-        listed: list[Any] = [prompts]
-        if isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping):
-            listed = list(prompts)
-            if listed and isinstance(listed[0], int):
-                listed = [listed]
-        many = [self.encode(prompt) for prompt in listed]
-        wishes: list[SamplingParams]
-        wishes = list(params) if isinstance(params, Many) else [params or SamplingParams()] * len(many)
-        if len(wishes) != len(many):
-            raise UserError(f"params ({len(wishes)}) must be one, or as many as prompts ({len(many)})")
-        for prompt, wish in zip(many, wishes):
-            if not isinstance(wish, SamplingParams):
-                raise UserError(f"params ({wish!r:.60}) must be dsv3.SamplingParams(...), or a list of them")
-            self.engine.check(prompt, wish)
+        asked = pairs(prompts, params, self.encode)
+        for ids, wish in asked:
+            self.engine.check(ids, wish)
         requests: dict[str, list[Sequence]] = {}
         with self._lock:
-            for prompt, wish in zip(many, wishes):
-                request = self.engine.add_request(prompt, wish)
+            for ids, wish in asked:
+                request = self.engine.add_request(ids, wish)
                 requests[request] = self.engine.requests[request]
             box = self._open(requests)
         usages: dict[str, Usage] = {}
-        with Progress("generate", len(many), "prompts") if progress else nullcontext() as bar:
+        with Progress("generate", len(asked), "prompts") if progress else nullcontext() as bar:
             for update in self._updates(requests, box):
                 if update.usage is not None:
                     usages[update.request_id] = update.usage
@@ -165,12 +145,12 @@ class LLM:
                         bar.advance(1)
         return [
             Output(
-                prompt,
+                ids,
                 [_completion(sequence) for sequence in requests[request]],
                 usages[request],
                 requests[request][0].prompt_logprobs or [],
             )
-            for prompt, request in zip(many, requests)
+            for (ids, _), request in zip(asked, requests)
         ]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Update]:
@@ -195,6 +175,7 @@ class LLM:
         try:
             while unfinished:
                 with self._lock:
+                    self._give_up()
                     if not box:
                         for update in self.engine.step():
                             if update.request_id in self._boxes:
@@ -207,10 +188,19 @@ class LLM:
                         unfinished.discard(update.request_id)
                     yield update
         finally:
-            with self._lock:
-                for request in requests:
-                    self.engine.abort(request)
-                    self._boxes.pop(request, None)
+            self._left.extend(requests)
+            # Not waited for: a forgotten stream may be collected while this very thread is in a step.
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._give_up()
+                finally:
+                    self._lock.release()
+
+    def _give_up(self) -> None:
+        while self._left:
+            request = self._left.popleft()
+            self.engine.abort(request)
+            self._boxes.pop(request, None)
 
 
 def _completion(sequence: Sequence) -> Completion:

@@ -28,6 +28,8 @@ def params(
 
 
 def _print(model: str, found: dict[str, Any]) -> None:
+    from dsv3.plan.params import billions
+
     by_part, active = found["parameters_by_part"], found["parameters_activated_by_part"]
     main = found["parameters_main"]
     rows = [
@@ -38,10 +40,10 @@ def _print(model: str, found: dict[str, Any]) -> None:
     if found["parameters_mtp"]:
         rows.append(("MTP", f"{found['parameters_mtp']:,}", f"{found['parameters_mtp_activated']:,}", ""))
     header = ("part", "parameters", "activated a token", "of main")
-    title = f"{model}: {_billions(main)} parameters, {_billions(found['parameters_activated'])} activated"
+    title = f"{model}: {billions(main)} parameters, {billions(found['parameters_activated'])} activated"
     notes = [
-        ("activated, embedding counted", _billions(found["parameters_activated_with_embedding"])),
-        ("in the files (MTP repeats embedding and head)", _billions(found["parameters_files"])),
+        ("activated, embedding counted", billions(found["parameters_activated_with_embedding"])),
+        ("in the files (MTP repeats embedding and head)", billions(found["parameters_files"])),
         ("cache, BF16", f"{found['kv_bytes_per_token']:,} bytes a token"),
         (
             f"training, sequences of {found['seq_len_tokens']:,}",
@@ -52,8 +54,3 @@ def _print(model: str, found: dict[str, Any]) -> None:
     show(title, header, rows, ends=[len(by_part) - 1])
     for name, value in notes:
         print(f"{name}: {value}")
-
-
-def _billions(count: int) -> str:
-    """``671.0B``, ``15.2M``."""
-    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -11,7 +11,7 @@ import torch
 
 from dsv3.common.errors import UserError
 from dsv3.common.progress import Progress
-from dsv3.plan.params import train_flops_per_token
+from dsv3.plan.params import describe, train_flops_per_token
 from dsv3.train.run import RunFolder
 from dsv3.train.trainer import Callback, StepReport, Trainer
 
@@ -72,8 +72,9 @@ class Metrics(Callback):
         self.reward = ""  # the last, which steps on the same rollouts do not tell again
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open the bar (and the tracker) where the run stands."""
+        """Say what is trained, and open the bar (and the tracker) where the run stands."""
         recipe, device = trainer.recipe, trainer.device
+        self.run.log(f"{describe(recipe.model)}; {recipe.precision} on {device.type}")
         self.flops = train_flops_per_token(recipe.model, recipe.sequence_length)
         self.peak = device_peak(device)
         self.tracker = open_tracker(recipe.log.report_to, self.run)

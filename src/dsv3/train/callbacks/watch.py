@@ -14,12 +14,13 @@ SPIKE = 6.0  # standard deviations above their mean
 
 
 class Watch(Callback):
-    """Logs a spike of the loss (against the steps before) and every skipped step."""
+    """Logs a spike of the loss (against the steps before), skipped steps, and answers that nobody judges."""
 
     def __init__(self, run: RunFolder):
         self.run = run
         self.recent: deque[float] = deque(maxlen=WINDOW)
         self.skipped = 0
+        self.judged = True
 
     def on_start(self, trainer: Trainer) -> None:
         """Count from where the run stands."""
@@ -32,6 +33,12 @@ class Watch(Callback):
             self.skipped = trainer.state.skipped
             norm = report.metrics["grad_norm"]
             self.run.log(f"step {step} skipped: loss {loss}, gradient norm {norm}; weights unchanged")
+        judged = report.metrics.get("reward", 0.0) is not None
+        if self.judged and not judged:
+            self.run.log(
+                f"step {step}: no reward function gave any answer a number; nothing is learnt from it"
+            )
+        self.judged = judged
         if not math.isfinite(loss):
             return
         if len(self.recent) == WINDOW:
