@@ -333,6 +333,13 @@ def test_what_is_no_prompt_is_refused(llm: dsv3.LLM, prompts: Any) -> None:
     assert not llm.engine.busy
 
 
+def test_a_bias_for_no_token_is_refused(llm: dsv3.LLM) -> None:
+    known = llm.engine.vocab_size
+    with pytest.raises(UserError, match=f"logit_bias names token {known}; there are {known}"):
+        llm.generate([[5]], replace(GREEDY, logit_bias={known: 1.0}))
+    assert llm.generate([[5]], replace(GREEDY, logit_bias={known - 1: 1.0}))
+
+
 def test_prompts_from_a_generator_and_tensors(llm: dsv3.LLM) -> None:
     (expected,) = llm.generate([[5, 6, 7]], GREEDY)
     (found,) = llm.generate((ids for ids in [torch.tensor([5, 6, 7])]), GREEDY)

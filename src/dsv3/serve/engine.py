@@ -126,7 +126,7 @@ class Engine:
         if len(prompt) + min(params.max_tokens, 1) > self.max_length:
             raise UserError(
                 f"the prompt has {len(prompt)} tokens and max_length is {self.max_length}, answer included:"
-                " shorten it, or raise max_length and cache_tokens"
+                " shorten it, raise max_length and cache_tokens, or extend the model"
             )
         known = self.model.config.vocab_size
         if params.prompt_logprobs is not None:
@@ -134,6 +134,9 @@ class Engine:
         wrong = next((token for token in prompt if not 0 <= token < known), None)
         if wrong is not None:
             raise UserError(f"the prompt holds token {wrong}; the model knows 0 to {known - 1}")
+        biased = max(params.logit_bias, default=0)
+        if biased >= self.vocab_size:
+            raise UserError(f"logit_bias names token {biased}; there are {self.vocab_size}")
         if params.stop and self.tokenizer is None:
             raise UserError(f"stop ({list(params.stop)}) needs a tokenizer; give stop_token_ids without one")
         if params.constraint is not None:

@@ -21,6 +21,9 @@ def compare(first: Path, second: Path) -> list[dict[str, Any]]:
     its 95 % interval (normal approximation: rough below some 30 questions), None for a single question.
     ``up``, ``down``: questions whose score rose or fell. Raises :class:`UserError` where nothing is shared.
     """
+    for folder in (first, second):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: give two that dsv3 eval --tasks wrote")
     rows = []
     for path in sorted(first.glob("*.jsonl")):
         if not (second / path.name).is_file():
