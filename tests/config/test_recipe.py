@@ -113,8 +113,11 @@ def test_refusals(tmp_path: Path, text: str, overrides: list[str], said: str) ->
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ({"path": ["a"]}, "unknown key sources.0.path (did you mean paths?)"),
-        ({"needles": {"short": 3}}, "unknown key sources.0.needles.short (did you mean shortest?)"),
+        ({"path": ["a"]}, "unknown key sources.0.path (did you mean sources.0.paths?)"),
+        (
+            {"needles": {"short": 3}},
+            "unknown key sources.0.needles.short (did you mean sources.0.needles.shortest?)",
+        ),
         ({"paths": "a"}, "sources.0.paths ('a'): must be a list, e.g. [a]"),
     ],
 )

@@ -107,7 +107,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
 
 
 def _section(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
-    """The recipe class behind a field, if the field is a section (``X`` or ``X | None``)."""
+    """The recipe class behind a field, if it is a section or a list of them (``X | None``, ``list[X]``)."""
     annotation = cls.model_fields[field].annotation
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -156,6 +156,9 @@ def merge(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _refuse_unknown(cls: type[BaseModel], tree: Any, prefix: str = "") -> None:
+    if isinstance(tree, list):  # of sections
+        for number, entry in enumerate(tree):
+            _refuse_unknown(cls, entry, f"{prefix}{number}.")
     if not isinstance(tree, dict):
         return
     for key, value in tree.items():
@@ -180,27 +183,6 @@ def _expand(cls: type[BaseModel], tree: Any) -> Any:
     return expanded
 
 
-def _hint_in_list(cls: type[BaseModel], place: tuple[int | str, ...]) -> str:
-    """The known key nearest to an unknown one of a list's entry, from where pydantic found it."""
-    kind: type[BaseModel] | None = cls
-    for name in place[:-1]:
-        if isinstance(name, str) and kind is not None:
-            kind = _entry(kind, name) if name in kind.model_fields else None
-    if kind is None:
-        return ""
-    return nearest(str(place[-1]), kind.model_fields) or f"; known here: {', '.join(kind.model_fields)}"
-
-
-def _entry(cls: type[BaseModel], field: str) -> type[BaseModel] | None:
-    """The recipe class behind a field that is a section, or a list of them."""
-    kinds = [cls.model_fields[field].annotation]
-    for kind in kinds:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-        kinds += get_args(kind)
-    return None
-
-
 def validate(cls: type[R], tree: dict[str, Any]) -> R:
     """Build a recipe from plain data; raises :class:`UserError` naming the first bad key and its value."""
     tree = _expand(cls, tree)
@@ -213,8 +195,6 @@ def validate(cls: type[R], tree: dict[str, Any]) -> R:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise UserError(f"{where} is required: set it in the recipe or with --{where} VALUE") from None
-        if first["type"] == "extra_forbidden":  # in an entry of a list; elsewhere _refuse_unknown was first
-            raise UserError(f"unknown key {where}{_hint_in_list(cls, first['loc'])}") from None
         if first["type"] in ("list_type", "tuple_type"):
             message = f"must be a list, e.g. [{first.get('input')}]"
         if first["type"] == "value_error" and isinstance(first.get("input"), dict):
