@@ -54,13 +54,12 @@ def started(folder: Path) -> Iterator[Disaggregated]:
 
 @pytest.fixture
 def front(started: Disaggregated) -> Iterator[Disaggregated]:
-    """Alive before the test; after it, nobody holds anything."""
+    """Alive before the test; soon after it (what was given up may still travel), nobody holds anything."""
     started.timeout = 30
     yield started
-    for role in ("prefill", "decode"):
-        state = started.state(role)
-        assert (state["blocks_used"], state["requests"], state["moving"]) == (0, 0, 0), role
-        assert state["bytes_pending"] == 0
+    names, until = ("blocks_used", "requests", "moving", "bytes_pending"), time.monotonic() + 20
+    while any(held := [started.state(role)[name] for role in ("prefill", "decode") for name in names]):
+        assert time.monotonic() < until, held
 
 
 def pid(front: Disaggregated, role: str) -> int:

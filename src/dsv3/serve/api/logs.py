@@ -44,7 +44,7 @@ def set_up(level: str) -> None:
     handler.setFormatter(JsonFormatter())
     for name, least in (("dsv3", level.upper()), ("uvicorn", "WARNING")):
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
+        logger.handlers = [handler]
         logger.setLevel(least)
 
 
