@@ -68,10 +68,10 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def transformers(job: dict[str, Any]) -> tuple[Answer, dict[str, Any]]:
     """``generate`` in BF16, eager, SDPA attention, a dynamic cache; experts by what follows the colon."""
-    import logging
-
-    logging.disable(logging.WARNING)
     from transformers import DeepseekV3ForCausalLM, StoppingCriteria, StoppingCriteriaList, __version__
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()
 
     class Clock(StoppingCriteria):
         """Called after every token."""
