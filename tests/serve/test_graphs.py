@@ -244,7 +244,7 @@ def test_the_least_recently_used_graph_goes(
     assert list(held.graphs) == [(1, 1, 0), (2, 1, 0)] and len(tapes) == 4
 
 
-@pytest.mark.parametrize("how", ["cannot be recorded", "replays something else"])
+@pytest.mark.parametrize("how", ["cannot be recorded", "replays nothing"])
 @torch.inference_mode()
 def test_graphs_that_fail_are_given_up(
     how: str, small: DeepSeekV3, tapes: list[Tape], caplog: pytest.LogCaptureFixture
@@ -256,6 +256,7 @@ def test_graphs_that_fail_are_given_up(
     def broken(step: Callable[[], None]) -> Callable[[], None]:
         if how == "cannot be recorded":
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        step()  # the right answer stands where nothing will be written
         return lambda: None
 
     held.record = broken
@@ -266,7 +267,7 @@ def test_graphs_that_fail_are_given_up(
         close(layers.run(decoding([5, 9]), x_ND), plain.run(decoding([5, 9]), x_ND))
     assert held.broken and not held.graphs
     assert ("recording failed: operation not" in caplog.text) == (how == "cannot be recorded")
-    assert ("given up, an answer was off" in caplog.text) == (how == "replays something else")
+    assert ("given up, an answer was off" in caplog.text) == (how == "replays nothing")
 
 
 class Launches(TorchDispatchMode):

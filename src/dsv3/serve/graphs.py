@@ -170,6 +170,8 @@ class Graphs:
                 log.warning("CUDA graphs: recording failed: %s", str(problem).splitlines()[0])
                 graph.step()
                 return False
+        if not graph.proven:
+            graph.out_ND.fill_(float("nan"))  # memory may hold the right answer from before
         graph.replay()
         if graph.proven:
             return True
