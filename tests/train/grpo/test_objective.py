@@ -131,7 +131,8 @@ def test_no_reward_at_all_teaches_nothing(make: Make, tokenizer: Tokenizer, rewa
 def test_answers_that_nobody_judges_are_told_of_once(make: Make, rewards_file: Path) -> None:
     path = rewards_file.with_name("never.py")
     path.write_text("def never(prompts, **columns):\n    return [None] * len(prompts)\n")
-    out = grpo(make(rewards=[{"function": f"{path}:never"}], steps=2, policy={"beta": 0.0}))
+    rewards, rollouts = [{"function": f"{path}:never"}], {"minibatches": 2}  # four steps, two batches
+    out = grpo(make(rewards=rewards, rollouts=rollouts, policy={"beta": 0.0}))
     assert out is not None
     log = (out / "log.txt").read_text()
     assert log.count("no reward function gave any answer a number") == 1 and "step 1: no reward" in log

@@ -33,12 +33,13 @@ class Watch(Callback):
             self.skipped = trainer.state.skipped
             norm = report.metrics["grad_norm"]
             self.run.log(f"step {step} skipped: loss {loss}, gradient norm {norm}; weights unchanged")
-        judged = report.metrics.get("reward", 0.0) is not None
-        if self.judged and not judged:
-            self.run.log(
-                f"step {step}: no reward function gave any answer a number; nothing is learnt from it"
-            )
-        self.judged = judged
+        if "reward" in report.metrics:  # not in later steps on the same rollouts
+            judged = report.metrics["reward"] is not None
+            if self.judged and not judged:
+                self.run.log(
+                    f"step {step}: no reward function gave any answer a number; nothing is learnt from it"
+                )
+            self.judged = judged
         if not math.isfinite(loss):
             return
         if len(self.recent) == WINDOW:
